@@ -1,0 +1,54 @@
+"""What the guard needs from the outside: a detector, a detoxifier, and places for records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from mllm_protector_guard.types import Turn
+
+if TYPE_CHECKING:
+    from mllm_protector_guard.tracing.record import GuardRecord
+
+__all__ = ["Detoxifier", "HarmDetector", "RecordSink"]
+
+
+@runtime_checkable
+class HarmDetector(Protocol):
+    """Scores answers.
+
+    A detector may also have `threshold: float`, the calibrated score from which it calls an answer
+    harmful (else 0.5), and `warm_up() -> None`, which loads what scoring needs.
+    Both methods are called from several threads at once.
+    """
+
+    def score(self, turns: Sequence[Turn]) -> list[float]:
+        """P(harmful) of each answer given its question, same order, each finite and in [0, 1].
+
+        The whole answer is judged, however long; a detector that cannot must raise.
+        An empty sequence gives an empty list.
+        """
+        ...
+
+
+@runtime_checkable
+class Detoxifier(Protocol):
+    """Rewrites harmful answers. May also have `warm_up() -> None`."""
+
+    def rewrite(self, turns: Sequence[Turn], *, attempt: int = 0) -> list[str]:
+        """One harmless answer per turn, same order; "" says that none could be written.
+
+        Args:
+            turns: Questions with the harmful answers to them.
+            attempt: 0 asks for the best rewrite; above 0 the text must be sampled anew.
+        """
+        ...
+
+
+@runtime_checkable
+class RecordSink(Protocol):
+    """Takes the record of every check. Its errors are logged and never reach the answer."""
+
+    def emit(self, record: GuardRecord) -> None:
+        """Keeps one record."""
+        ...
