@@ -18,8 +18,9 @@ A message says what was wrong and how to mend it. It never holds a text of a use
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm_protector_guard.types import GuardResult
@@ -55,9 +56,13 @@ class MissingDependencyError(GuardError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"{package!r} is not installed. Run: pip install \"mllm-protector-guard[{extra}]\"", name=package
+            f'{package!r} is not installed. Run: pip install "mllm-protector-guard[{extra}]"', name=package
         )
         self.extra = extra
+
+    # The three __reduce__ let errors travel between processes although their arguments are not their message.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.extra)
 
 
 class CheckpointError(GuardError):
@@ -70,6 +75,9 @@ class CheckpointError(GuardError):
     def __init__(self, message: str, *, source: str | Path) -> None:
         super().__init__(message)
         self.source = str(source)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), source=self.source), self.args
 
 
 class DataError(GuardError, ValueError):
@@ -117,3 +125,6 @@ class HarmfulAnswerError(GuardError):
             f"check {result.id}). Catch HarmfulAnswerError, or set on_harm to 'detoxify', 'withhold' or 'flag'."
         )
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.result,)

@@ -18,8 +18,9 @@ class HarmDetector(Protocol):
     """Scores answers.
 
     A detector may also have `threshold: float`, the calibrated score from which it calls an answer
-    harmful (else 0.5), and `warm_up() -> None`, which loads what scoring needs.
-    Both methods are called from several threads at once.
+    harmful (else 0.5), and `warm_up() -> None`, which loads what scoring needs. The guard calls it before
+    every check, so it must cost nothing once all is loaded. `score` and `warm_up` are called from several
+    threads at once.
     """
 
     def score(self, turns: Sequence[Turn]) -> list[float]:

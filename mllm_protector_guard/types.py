@@ -69,6 +69,14 @@ class Turn:
     answer: str
     images: tuple[ImageInput, ...] = ()
 
+    def __post_init__(self) -> None:
+        # A message object or bytes taken for text would be judged as something else than what is shown.
+        if not isinstance(self.answer, str):
+            raise TypeError(f"Turn.answer must be str, got {type(self.answer).__name__}")
+        if self.question is not None and not isinstance(self.question, str):
+            raise TypeError(f"Turn.question must be str or None, got {type(self.question).__name__}")
+        object.__setattr__(self, "images", tuple(self.images))
+
     def __repr__(self) -> str:
         """Lengths only: texts stay out of logs and tracebacks."""
         question = "None" if self.question is None else f"<{len(self.question)} chars>"

@@ -27,7 +27,7 @@ class JsonlSink:
         Raises:
             OSError: The file cannot be written; the guard logs this and the answer still leaves.
         """
-        line = record.model_dump_json(exclude_none=True) + "\n"
+        line = record.model_dump_json() + "\n"
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

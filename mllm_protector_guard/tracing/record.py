@@ -6,7 +6,7 @@ import hashlib
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mllm_protector_guard.types import GuardResult, Origin, Turn
 
@@ -59,9 +59,9 @@ class GuardRecord(BaseModel):
     text_sha256: str
     detector_ms: float
     detoxifier_ms: float
-    question: str | None = None
-    answer: str | None = None
-    text: str | None = None
+    question: str | None = Field(default=None, repr=False)
+    answer: str | None = Field(default=None, repr=False)
+    text: str | None = Field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -69,7 +69,6 @@ class GuardRecord(BaseModel):
     ) -> GuardRecord:
         """The record of `result`, the verdict on `turn`; the same arguments give the same record."""
         origin = origin or Origin()
-        texts = {"question": turn.question, "answer": turn.answer, "text": result.text} if trace_content else {}
         return cls(
             id=result.id,
             time=result.time,
@@ -99,7 +98,9 @@ class GuardRecord(BaseModel):
             text_sha256=_sha256(result.text),
             detector_ms=result.detector_ms,
             detoxifier_ms=result.detoxifier_ms,
-            **{name: _storable(text) for name, text in texts.items() if text is not None},
+            question=_storable(turn.question) if trace_content and turn.question is not None else None,
+            answer=_storable(turn.answer) if trace_content else None,
+            text=_storable(result.text) if trace_content else None,
         )
 
 
