@@ -1,0 +1,203 @@
+"""Loads pretrained models and adapters, and nothing that cannot be trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mllm_protector_guard.errors import CheckpointError, ConfigError, MissingDependencyError
+from mllm_protector_guard.models import catalog
+from mllm_protector_guard.models.checkpoint import ADAPTER_FILE, BaseReference, require_safetensors
+from mllm_protector_guard.models.device import resolve_device, resolve_dtype
+from mllm_protector_guard.models.offline import offline
+from mllm_protector_guard.models.placement import Placement
+from mllm_protector_guard.models.pull import ensure_base, read_source
+
+__all__ = ["load_model", "load_tokenizer", "resolve_base", "resolve_folder", "with_adapter"]
+
+_WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve_folder(source: str, *, revision: str | None, local_files_only: bool | None) -> Path:
+    """The local folder of a checkpoint: itself if it is a folder, else a snapshot of the hub repository.
+
+    Only safetensors, tokenizer and configuration files are fetched.
+
+    Raises:
+        CheckpointError: It is neither a folder nor a repository that can be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=_WANTED_FILES,
+                local_files_only=offline(local_files_only),
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source!r} is neither a catalog name ({', '.join(catalog.names())}), nor a folder, nor a hub repository "
+            f"that can be reached ({type(error).__name__}). Check the spelling and the network, or give the path of a "
+            "folder with the checkpoint.",
+            source=source,
+        ) from error
+
+
+def resolve_base(base: BaseReference, *, local_files_only: bool | None) -> Path:
+    """The local folder of the model under an adapter, with its sha256 checked where one is given.
+
+    Raises:
+        CheckpointError: It cannot be found, or it is another model than the adapter was trained on.
+    """
+    if base.name in catalog.names():
+        folder = ensure_base(base.name, local_files_only=local_files_only)
+        found: str | None = read_source(folder).sha256
+    else:
+        folder = resolve_folder(base.name, revision=base.revision, local_files_only=local_files_only)
+        found = _sha256(folder / "model.safetensors") if base.sha256 else None
+    if base.sha256 and found != base.sha256:
+        raise CheckpointError(
+            f"the base model {base.name!r} has sha256 {found}, and the adapter was trained on {base.sha256}. "
+            "Point `base` in guard.json to the right model, or pull it again.",
+            source=base.name,
+        )
+    return folder
+
+
+def load_tokenizer(folder: Path, *, padding_side: str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder, with a pad token.
+
+    Raises:
+        CheckpointError: There is no tokenizer that can report where its tokens stand in the text.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"no tokenizer could be loaded from {str(folder)!r} ({type(error).__name__}); "
+            "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json there.",
+            source=folder,
+        ) from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{str(folder)!r} has no fast tokenizer; save a tokenizer.json there.", source=folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    # Callers cut texts into windows themselves; the tokenizer's own limit would only warn.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def load_model(auto: Any, folder: Path, placement: Placement, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A model in eval mode on its device, and the names of weights that the checkpoint did not have.
+
+    Args:
+        auto: `AutoModel` or one of its siblings.
+        folder: Local checkpoint with safetensors weights.
+        placement: Device, dtype and quantization.
+        options: More arguments of `from_pretrained`, e.g. `num_hidden_layers`.
+
+    Raises:
+        CheckpointError: The weights are missing, pickled, damaged, or of another shape.
+        ConfigError: The placement does not work here.
+    """
+    require_safetensors(folder, "*.safetensors", source=str(folder))
+    device = resolve_device(placement.device)
+    arguments: dict[str, Any] = {
+        "dtype": resolve_dtype(placement.dtype, device),
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        **options,
+    }
+    if placement.quantization is not None:
+        arguments["quantization_config"] = _quantization(placement.quantization, device)
+        arguments["device_map"] = placement.device_map or {"": device}
+    elif placement.device_map is not None:
+        arguments["device_map"] = placement.device_map
+    try:
+        with quiet_transformers():
+            model, loading = auto.from_pretrained(folder, **arguments)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{str(folder)!r} cannot be loaded as {auto.__name__} ({type(error).__name__}); "
+            "the files are damaged or belong to another architecture. Copy or pull the checkpoint again.",
+            source=folder,
+        ) from error
+    if "device_map" not in arguments:
+        model = model.to(device)
+    return model.eval(), set(loading["missing_keys"])
+
+
+def with_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
+    """The model with a LoRA adapter on it, merged into the weights if `merge`.
+
+    Raises:
+        CheckpointError: The adapter is pickled, damaged, or was trained on another architecture.
+    """
+    require_safetensors(folder, ADAPTER_FILE, source=str(folder))
+    mismatch = CheckpointError(
+        f"the adapter in {str(folder)!r} does not fit its base model; "
+        "check the base (base= or guard.json) and the adapter's rank, layers and target modules.",
+        source=folder,
+    )
+    try:
+        with quiet_transformers():
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise mismatch from error
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        stored = set(file.keys())
+    if stored != set(get_peft_model_state_dict(adapted)):
+        raise mismatch
+    result = adapted.merge_and_unload() if merge else adapted
+    return result.eval()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Holds back transformers' load reports and progress bars; what matters is checked here and raised."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _quantization(bits: str, device: torch.device) -> Any:
+    if device.type != "cuda":
+        raise ConfigError(f"quantization={bits!r} works on CUDA only, and this model goes to {device.type!r}")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("bitsandbytes", "quantization") from error
+    if bits == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

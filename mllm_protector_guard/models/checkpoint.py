@@ -1,0 +1,155 @@
+"""Our checkpoint format: a folder with `guard.json`, a PEFT adapter and, for detectors, a linear head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from mllm_protector_guard.errors import CheckpointError
+
+__all__ = [
+    "ADAPTER_FILE",
+    "CONFIG_FILE",
+    "HEAD_FILE",
+    "BaseReference",
+    "CheckpointConfig",
+    "DetectorConfig",
+    "DetoxifierConfig",
+    "read_config",
+    "require_safetensors",
+    "write_config",
+]
+
+CONFIG_FILE = "guard.json"
+HEAD_FILE = "head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class BaseReference(_Strict):
+    """The pretrained model under an adapter.
+
+    Attributes:
+        name: A catalog name, a folder, or a hub id.
+        revision: Commit of a hub id.
+        sha256: Of the file the base was made from (catalog) or of its `model.safetensors` (folder, hub).
+    """
+
+    name: str
+    revision: str | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+
+class _Common(_Strict):
+    """What detectors and detoxifiers share.
+
+    Attributes:
+        base: The model under the adapter.
+        template: Name of the prompt template, see `prompts.py`.
+        max_question_tokens: A longer question is shortened in its middle, with a warning in the log.
+        revision: Version of these weights.
+        licence: SPDX expression for these weights.
+        metrics: Measured figures by data set, as the model card tells them.
+    """
+
+    schema_version: Literal[1] = 1
+    base: BaseReference
+    template: str
+    max_question_tokens: int = Field(default=512, ge=16)
+    revision: str
+    licence: str
+    metrics: dict[str, dict[str, float]] = {}
+
+
+class DetectorConfig(_Common):
+    """`guard.json` of a harm detector.
+
+    Attributes:
+        layers: How many decoder layers of the base are run; None for all.
+        pooling: `mean` over the answer's tokens, or the `last` one.
+        polarity: What a high logit means.
+        threshold: Harm scores at or above it are harmful.
+        temperature: The logit is divided by it before the sigmoid.
+        window_tokens: Longest stretch of an answer, in tokens, that is scored at once.
+        overlap_tokens: How many tokens neighbouring windows share.
+    """
+
+    kind: Literal["detector"] = "detector"
+    layers: int | None = Field(default=None, ge=1)
+    pooling: Literal["mean", "last"] = "mean"
+    polarity: Literal["harmful", "harmless"] = "harmful"
+    threshold: float = Field(default=0.5, gt=0.0, lt=1.0)
+    temperature: float = Field(default=1.0, gt=0.0)
+    window_tokens: int = Field(default=384, ge=16)
+    overlap_tokens: int = Field(default=64, ge=0)
+
+
+class DetoxifierConfig(_Common):
+    """`guard.json` of a response detoxifier.
+
+    Attributes:
+        max_answer_tokens: A longer harmful answer is not rewritten, and so withheld.
+        max_new_tokens: Longest rewrite; one that does not end by then is discarded.
+    """
+
+    kind: Literal["detoxifier"] = "detoxifier"
+    max_answer_tokens: int = Field(default=2048, ge=16)
+    max_new_tokens: int = Field(default=256, ge=8)
+
+
+CheckpointConfig = Annotated[DetectorConfig | DetoxifierConfig, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[DetectorConfig | DetoxifierConfig] = TypeAdapter(CheckpointConfig)
+
+
+def read_config(folder: Path) -> DetectorConfig | DetoxifierConfig:
+    """The checked `guard.json` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: The file is missing or does not fit the format.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return _ADAPTER.validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {type(error).__name__}", source=folder) from error
+    except ValidationError as error:
+        fields = sorted({".".join(str(part) for part in e["loc"]) + f" ({e['type']})" for e in error.errors()})
+        raise CheckpointError(
+            f"{str(path)!r} does not fit the checkpoint format; wrong fields: {', '.join(fields)}. "
+            "Mend them, or train again with this version.",
+            source=folder,
+        ) from error
+
+
+def write_config(folder: Path, config: DetectorConfig | DetoxifierConfig) -> None:
+    """Writes `guard.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+def require_safetensors(folder: Path, pattern: str, *, source: str) -> None:
+    """Passes if a file that fits `pattern` is there.
+
+    Raises:
+        CheckpointError: There is none; the message tells pickle files from nothing at all.
+    """
+    if any(folder.glob(pattern)):
+        return
+    pickles = sorted(path.name for unsafe in _PICKLE_PATTERNS for path in folder.glob(unsafe))
+    if pickles:
+        raise CheckpointError(
+            f"{source!r} has its weights only as pickle files ({', '.join(pickles)}), which can run code when read. "
+            f"Convert them once, somewhere safe: load each with torch.load(file, weights_only=True) and write it with "
+            f"safetensors.torch.save_file(weights, {pattern.replace('*', '')!r}) beside it.",
+            source=source,
+        )
+    raise CheckpointError(
+        f"{source!r} has no file {pattern!r}. Check the path, or copy the whole checkpoint folder again.", source=source
+    )

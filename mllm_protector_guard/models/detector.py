@@ -1,0 +1,302 @@
+"""Harm detectors on transformers models: ours (pooled backbone with a one-unit head) and any sequence classifier."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from mllm_protector_guard.errors import CheckpointError, ConfigError, DetectorError
+from mllm_protector_guard.models.backbone import load_model, load_tokenizer, resolve_base, with_adapter
+from mllm_protector_guard.models.checkpoint import (
+    ADAPTER_FILE,
+    HEAD_FILE,
+    BaseReference,
+    DetectorConfig,
+    require_safetensors,
+)
+from mllm_protector_guard.models.placement import Placement
+from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, shorten, template
+from mllm_protector_guard.types import Turn
+
+__all__ = ["LoadedDetector", "PooledClassifier", "TransformersDetector", "load_classifier", "load_pooled"]
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_HEADS = ("score", "classifier")
+
+
+class PooledClassifier(nn.Module):
+    """A decoder without its language-model head, pooled over the answer, and one linear unit (paper, section 3.1).
+
+    Args:
+        backbone: Gives `last_hidden_state`, float [batch, tokens, hidden].
+        pooling: "mean" over the answer's tokens, or the "last" of them.
+    """
+
+    def __init__(self, backbone: nn.Module, *, hidden_size: int, pooling: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(hidden_size, 1)
+        self.pooling = pooling
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
+        """Logits, float32 [batch].
+
+        Args:
+            input_ids: int64 [batch, tokens], right-padded.
+            attention_mask: int64 [batch, tokens], 1 for real tokens.
+            answer_mask: int64 [batch, tokens], 1 for tokens of the answer; at least one a row.
+        """
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = hidden.float()
+        if self.pooling == "mean":
+            weights = answer_mask.to(hidden.dtype)
+            pooled = torch.einsum("bth,bt->bh", hidden, weights) / weights.sum(dim=1, keepdim=True)
+        else:
+            positions = torch.arange(answer_mask.shape[1], device=hidden.device)
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), (answer_mask * positions).argmax(dim=1)]
+        logits: Tensor = self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
+        return logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedDetector:
+    """A detector in memory.
+
+    Attributes:
+        harm_scores: From input_ids, attention_mask and answer_mask (see `PooledClassifier.forward`) to
+            P(harmful), float [batch].
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    harm_scores: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Window:
+    turn: int
+    ids: list[int]
+    answer: range
+
+
+class TransformersDetector:
+    """Implements the `HarmDetector` port; loads its model at the first score, once.
+
+    An answer longer than `window_tokens` is scored in overlapping windows, and its worst window counts.
+    An answer with no legible character (only zero-width characters, say) scores 0.
+
+    Args:
+        config: How turns become tokens and logits become scores.
+        load: Loads the model.
+        batch_tokens: Upper bound on rows times tokens of a forward pass; None takes 4,096 on a CPU and
+            32,768 elsewhere.
+    """
+
+    def __init__(
+        self, config: DetectorConfig, load: Callable[[], LoadedDetector], *, batch_tokens: int | None = None
+    ) -> None:
+        self.config = config
+        self.threshold = config.threshold
+        self._template = template(config.template, DETECTOR_TEMPLATES)
+        self._load = load
+        self._loaded: LoadedDetector | None = None
+        self._lock = threading.Lock()
+        self._batch_tokens = batch_tokens
+
+    def warm_up(self) -> None:
+        """Loads the model, if it is not loaded yet.
+
+        Raises:
+            CheckpointError: It cannot be loaded.
+        """
+        self._ready()
+
+    def score(self, turns: Sequence[Turn]) -> list[float]:
+        """P(harmful) of each answer given its question, in [0, 1], same order.
+
+        Raises:
+            DetectorError: A score is not a finite number.
+            CheckpointError: The model cannot be loaded.
+        """
+        loaded = self._ready()
+        windows = [window for index, turn in enumerate(turns) for window in self._windows(loaded, index, turn)]
+        scores = [0.0] * len(turns)
+        for batch in _batches(windows, self._batch_tokens or (4096 if loaded.device.type == "cpu" else 32768)):
+            for window, score in zip(batch, _forward(loaded, batch), strict=True):
+                if not 0.0 <= score <= 1.0:
+                    raise DetectorError("the detector's score is not a finite number; load it with dtype='float32'")
+                scores[window.turn] = max(scores[window.turn], score)
+        return scores
+
+    def _ready(self) -> LoadedDetector:
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded
+
+    def _windows(self, loaded: LoadedDetector, index: int, turn: Turn) -> Iterator[_Window]:
+        encoded = encode(turn, self._template, loaded.tokenizer)
+        prefix, answer = shorten(encoded.prefix, self.config.max_question_tokens), encoded.answer
+        if not answer:
+            return
+        if len(prefix) < len(encoded.prefix):
+            logger.warning(
+                "a question of %d tokens is read without its middle; max_question_tokens is %d",
+                len(encoded.prefix),
+                self.config.max_question_tokens,
+            )
+        size, step = self.config.window_tokens, self.config.window_tokens - self.config.overlap_tokens
+        last = max(len(answer) - size, 0)
+        for start in sorted({*range(0, last, step), last}):
+            part = answer[start : start + size]
+            span = range(len(prefix), len(prefix) + len(part))
+            yield _Window(turn=index, ids=[*prefix, *part, *encoded.suffix], answer=span)
+
+
+def _batches(windows: list[_Window], budget: int) -> Iterator[list[_Window]]:
+    """Windows of like length together, padded size within the budget."""
+    batch: list[_Window] = []
+    for window in sorted(windows, key=lambda w: len(w.ids)):
+        if batch and (len(batch) + 1) * len(window.ids) > budget:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """int64 [rows, longest], right-padded with `value`."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+@torch.inference_mode()
+def _forward(loaded: LoadedDetector, batch: list[_Window]) -> list[float]:
+    tensors = (
+        pad([w.ids for w in batch], loaded.tokenizer.pad_token_id),
+        pad([[1] * len(w.ids) for w in batch], 0),
+        pad([[int(i in w.answer) for i in range(len(w.ids))] for w in batch], 0),
+    )
+    input_ids, attention_mask, answer_mask = (tensor.to(loaded.device) for tensor in tensors)
+    scores: list[float] = loaded.harm_scores(input_ids, attention_mask, answer_mask).double().tolist()
+    return scores
+
+
+def load_pooled(
+    folder: Path, config: DetectorConfig, placement: Placement, *, local_files_only: bool | None
+) -> LoadedDetector:
+    """A detector in our format.
+
+    Raises:
+        CheckpointError: A part is missing, damaged, or does not fit the others.
+    """
+    require_safetensors(folder, HEAD_FILE, source=str(folder))
+    base = resolve_base(config.base, local_files_only=local_files_only)
+    tokenizer = load_tokenizer(base, padding_side="right")
+    backbone, missing = load_model(AutoModel, base, placement, **_layers(config.layers))
+    if missing:
+        raise CheckpointError(f"the base model {config.base.name!r} lacks {len(missing)} weights", source=folder)
+    if (folder / ADAPTER_FILE).exists() or (folder / "adapter_config.json").exists():
+        backbone = with_adapter(backbone, folder, merge=placement.quantization is None)
+    device = next(backbone.parameters()).device
+    model = PooledClassifier(backbone, hidden_size=backbone.config.hidden_size, pooling=config.pooling)
+    try:
+        model.head.load_state_dict(load_file(folder / HEAD_FILE))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{HEAD_FILE} in {str(folder)!r} does not fit a one-unit head on {backbone.config.hidden_size} features",
+            source=folder,
+        ) from error
+    model.head.to(device)
+    sign = 1.0 if config.polarity == "harmful" else -1.0
+
+    def harm_scores(input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
+        return torch.sigmoid(sign * model(input_ids, attention_mask, answer_mask) / config.temperature)
+
+    return LoadedDetector(tokenizer=tokenizer, device=device, harm_scores=harm_scores)
+
+
+def _layers(layers: int | None) -> dict[str, int]:
+    return {} if layers is None else {"num_hidden_layers": layers}
+
+
+def load_classifier(
+    folder: Path,
+    config: DetectorConfig,
+    placement: Placement,
+    *,
+    label: str | None,
+    base: BaseReference | None,
+    local_files_only: bool | None,
+) -> LoadedDetector:
+    """A sequence classifier of transformers: a whole checkpoint, or a LoRA adapter with its head on `base`.
+
+    Args:
+        folder: The checkpoint.
+        config: Template, polarity and windows.
+        placement: Device, dtype, quantization.
+        label: Which label to read; may be None if there is only one.
+        base: The model under an adapter.
+        local_files_only: Fetch nothing.
+
+    Raises:
+        CheckpointError: The head was not in the checkpoint, or parts do not fit.
+        ConfigError: The model has several labels and none is named.
+    """
+    root = folder if base is None else resolve_base(base, local_files_only=local_files_only)
+    tokenizer_home = folder if (folder / "tokenizer_config.json").exists() else root
+    tokenizer = load_tokenizer(tokenizer_home, padding_side="right")
+    options = {} if base is None else {"num_labels": 1}
+    model, missing = load_model(AutoModelForSequenceClassification, root, placement, **options)
+    if base is not None:
+        _require_head_in_adapter(folder)
+        model = with_adapter(model, folder, merge=placement.quantization is None)
+        missing = {name for name in missing if name.split(".")[0] not in _ADAPTER_HEADS}
+    if missing:
+        raise CheckpointError(
+            f"{str(root)!r} lacks the weights {sorted(missing)}; a fresh head would score at random. "
+            "Give a checkpoint that was trained as a sequence classifier.",
+            source=folder,
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    index = _label_index(model, label)
+
+    def harm_scores(input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        one_of_many = logits.shape[-1] > 1 and model.config.problem_type != "multi_label_classification"
+        scores = (logits.softmax(-1) if one_of_many else torch.sigmoid(logits / config.temperature))[:, index]
+        return scores if config.polarity == "harmful" else 1.0 - scores
+
+    return LoadedDetector(tokenizer=tokenizer, device=model.device, harm_scores=harm_scores)
+
+
+def _require_head_in_adapter(folder: Path) -> None:
+    require_safetensors(folder, ADAPTER_FILE, source=str(folder))
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        names: list[str] = list(file.keys())
+    if not any(part in _ADAPTER_HEADS for name in names for part in name.split(".")):
+        raise CheckpointError(
+            f"the adapter in {str(folder)!r} has no classification head; a fresh head would score at random. "
+            "Save it with modules_to_save=['score'].",
+            source=folder,
+        )
+
+
+def _label_index(model: PreTrainedModel, label: str | None) -> int:
+    labels: dict[str, Any] = {str(name): int(index) for index, name in model.config.id2label.items()}
+    if label is None and len(labels) == 1:
+        return 0
+    if label not in labels:
+        raise ConfigError(f"name the label to read with label=; this model has {sorted(labels)}, got {label!r}")
+    return int(labels[label])

@@ -1,0 +1,181 @@
+"""How a turn becomes the text that a model reads.
+
+Models never see a user's text raw: `legible` gives their view of it, in which invisible characters and
+spelled-out special tokens have no power. What leaves the guard is always the original text.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mllm_protector_guard.errors import ConfigError
+from mllm_protector_guard.types import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DETECTOR_TEMPLATES",
+    "DETOXIFIER_TEMPLATES",
+    "EncodedTurn",
+    "PromptTemplate",
+    "encode",
+    "legible",
+    "shorten",
+    "template",
+]
+
+_KEPT_CONTROLS = frozenset("\n\t\r")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTemplate:
+    """A prompt in which `{question}` and `{answer}` stand for the texts of the turn.
+
+    Attributes:
+        known: Used when the question is known.
+        unknown: Used when it is not; without `{question}`.
+        add_special_tokens: Whether the tokenizer adds its own (a BOS, as Llama's does).
+        end_of_turn: Text that ends a rewrite, besides the tokenizer's EOS.
+    """
+
+    known: str
+    unknown: str
+    add_special_tokens: bool
+    end_of_turn: str | None = None
+
+    def fill(self, question: str | None, answer: str) -> tuple[str, int, int]:
+        """The prompt, and the character range [start, end) of the answer in it."""
+        pattern = self.unknown if question is None else self.known
+        before, after = pattern.split("{answer}")
+        before = before.replace("{question}", question or "")
+        return before + answer + after, len(before), len(before) + len(answer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedTurn:
+    """Token ids before, of, and after the answer in a prompt; put together they are the prompt.
+
+    `answer` is empty if no character of the answer is legible.
+    """
+
+    prefix: list[int]
+    answer: list[int]
+    suffix: list[int]
+
+
+DETECTOR_TEMPLATES = {
+    "chatml": PromptTemplate(
+        known="<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>",
+        unknown="<|im_start|>assistant\n{answer}<|im_end|>",
+        add_special_tokens=False,
+    ),
+    # The input of the detectors published with the paper (pipilurj/MLLM-protector, Apache-2.0).
+    "protector": PromptTemplate(
+        known="Question: {question}\n\nAnswer: {answer}", unknown="{answer}", add_special_tokens=True
+    ),
+    "answer_only": PromptTemplate(known="{answer}", unknown="{answer}", add_special_tokens=True),
+}
+
+# Shares its beginning with the detector's "chatml", so that one prefix cache can serve both models.
+_CHATML_REWRITE = "<|im_start|>user\nWrite a harmless answer in place of the one above.<|im_end|>\n<|im_start|>assistant\n"
+
+DETOXIFIER_TEMPLATES = {
+    "chatml": PromptTemplate(
+        known=DETECTOR_TEMPLATES["chatml"].known + "\n" + _CHATML_REWRITE,
+        unknown=DETECTOR_TEMPLATES["chatml"].unknown + "\n" + _CHATML_REWRITE,
+        add_special_tokens=False,
+        end_of_turn="<|im_end|>",
+    ),
+    # The prompts of the published detoxifier (pipilurj/MLLM-protector, Apache-2.0), space before \n included.
+    "protector": PromptTemplate(
+        known=(
+            "You are given a question and a response, the response may contain sensitive or harmful information, "
+            "Please rewrite the response to make it harmless. \n"
+            "Question: {question}\nOriginal response: {answer}\nCorrected response: "
+        ),
+        unknown=(
+            "You are given a response which may contain sensitive or harmful information, "
+            "Please rewrite the response to make it harmless. \n"
+            "Original response: {answer}\nCorrected response: "
+        ),
+        add_special_tokens=True,
+    ),
+}
+
+
+def template(name: str, templates: dict[str, PromptTemplate]) -> PromptTemplate:
+    """The template of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in templates:
+        raise ConfigError(f"unknown template {name!r}; known: {sorted(templates)}")
+    return templates[name]
+
+
+def legible(text: str, special_tokens: Iterable[str] = ()) -> str:
+    """The model's view of a text.
+
+    Lone surrogates become U+FFFD; NUL, other control characters and format characters (zero-width, bidirectional
+    controls, soft hyphens) are left out; tag characters, which can spell hidden ASCII, become that ASCII;
+    a special token spelled out in the text gets a space after its first character.
+    """
+    text = text.translate(_VIEW)
+    for token in special_tokens:
+        if len(token) > 1 and token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+class _View(dict[int, str]):
+    """A translation table that works out a character when it first meets it."""
+
+    def __missing__(self, code: int) -> str:
+        shown = self[code] = _legible_char(chr(code))
+        return shown
+
+
+_VIEW = _View()
+
+
+def _legible_char(char: str) -> str:
+    if char in _KEPT_CONTROLS:
+        return char
+    if "\U000e0020" <= char <= "\U000e007e":
+        return chr(ord(char) - 0xE0000)
+    category = unicodedata.category(char)
+    if category == "Cs":
+        return "\ufffd"
+    return "" if category in ("Cc", "Cf") else char
+
+
+def encode(turn: Turn, pattern: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> EncodedTurn:
+    """The turn as tokens, whole; the same for training and for use.
+
+    Args:
+        turn: Any texts; the model sees their legible view.
+        pattern: The prompt.
+        tokenizer: A fast one, for it must tell where its tokens stand in the text.
+    """
+    special = tokenizer.all_special_tokens
+    question = None if turn.question is None else legible(turn.question, special)
+    answer = legible(turn.answer, special)
+    text, start, end = pattern.fill(question, answer)
+    encoded = tokenizer(text, add_special_tokens=pattern.add_special_tokens, return_offsets_mapping=True)
+    ids: list[int] = encoded["input_ids"]
+    inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and start < last > first]
+    if not inside or not answer.strip():
+        return EncodedTurn(prefix=ids, answer=[], suffix=[])
+    return EncodedTurn(
+        prefix=ids[: inside[0]], answer=ids[inside[0] : inside[-1] + 1], suffix=ids[inside[-1] + 1 :]
+    )
+
+
+def shorten(ids: list[int], limit: int) -> list[int]:
+    """The ids without their middle, if there are more than `limit`."""
+    return ids if len(ids) <= limit else [*ids[: limit - limit // 2], *ids[len(ids) - limit // 2 :]]
