@@ -1,0 +1,149 @@
+"""Trains a response detoxifier: the autoregressive loss on the accepted answer alone (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, set_seed
+
+from mllm_protector_guard.errors import ConfigError
+from mllm_protector_guard.models.backbone import load_model, load_tokenizer, resolve_base
+from mllm_protector_guard.models.checkpoint import CONFIG_FILE, DetoxifierConfig, write_config
+from mllm_protector_guard.models.detector import pad
+from mllm_protector_guard.models.placement import Placement
+from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, legible, shorten, template
+from mllm_protector_guard.training.config import DetoxifierRecipe
+from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, read_training_rows
+from mllm_protector_guard.training.trainer import add_lora, fit
+from mllm_protector_guard.types import Turn
+
+__all__ = ["train_detoxifier"]
+
+logger = logging.getLogger(__name__)
+
+_IGNORED = -100
+_IDENTITY = "identity"
+
+
+def train_detoxifier(
+    recipe: DetoxifierRecipe,
+    *,
+    train: Sequence[str | Path],
+    harmless: Sequence[str | Path] = (),
+    output: str | Path,
+    resume: bool = False,
+    local_files_only: bool | None = None,
+) -> Path:
+    """Trains and writes a checkpoint folder.
+
+    Args:
+        recipe: What to train and how.
+        train: Files of `{"question", "rejected", "accepted", "source"}` rows.
+        harmless: Files of `{"question", "answer", "harmful"}` rows for the recipe's `identity_rows`.
+        output: The checkpoint folder; unfinished work is kept in `output/run`.
+        resume: Go on with an unfinished run.
+        local_files_only: Fetch no base model.
+
+    Returns:
+        The folder, in the format that `load_detoxifier` reads.
+
+    Raises:
+        DataError: A row does not fit.
+        ConfigError: The recipe contradicts the base model or the files, or the folder is taken.
+        CheckpointError: The base model cannot be loaded.
+    """
+    folder = Path(output)
+    if (folder / CONFIG_FILE).exists():
+        raise ConfigError(f"{str(folder)!r} already holds a checkpoint; choose another output")
+    if recipe.identity_rows and not harmless:
+        raise ConfigError("the recipe asks for identity_rows; give files of harmless answers")
+    set_seed(recipe.seed)
+    rows = choose(read_training_rows(train, RewriteRow), recipe.sources, recipe.other_sources, recipe.seed)
+    rows += _identity_rows(harmless, recipe)
+    base = resolve_base(recipe.base, local_files_only=local_files_only)
+    tokenizer = load_tokenizer(base, padding_side="right")
+    config = DetoxifierConfig(
+        base=recipe.base,
+        template=recipe.template,
+        revision=recipe.revision,
+        licence=recipe.licence,
+    )
+    causal_lm, _ = load_model(AutoModelForCausalLM, base, Placement(dtype="float32"))
+    adapted = add_lora(causal_lm, recipe, recipe.base.name)
+    encoded = _encode(rows, recipe, tokenizer)
+    model = _TargetLoss(adapted).train()
+    fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder / "run", resume=resume)
+    adapted.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    write_config(folder, config)
+    return folder
+
+
+class _TargetLoss(nn.Module):
+    """Cross-entropy on the rewrite's tokens, with logits at their positions only.
+
+    A row's tokens weigh by the row's weight. Prompt tokens have the label -100 and cost no logits, which
+    for a vocabulary of 49,152 are most of the memory.
+    """
+
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        inner = self.causal_lm.get_base_model()
+        hidden = inner.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        rows, positions = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
+        logits = inner.lm_head(hidden[rows, positions]).float()
+        losses = nn.functional.cross_entropy(logits, labels[rows, positions + 1], reduction="none")
+        row_weights = weights[rows]
+        return {"loss": (losses * row_weights).sum() / row_weights.sum()}
+
+
+def _identity_rows(paths: Sequence[str | Path], recipe: DetoxifierRecipe) -> list[tuple[RewriteRow, float]]:
+    if not recipe.identity_rows:
+        return []
+    harmless = [row for row in read_training_rows(paths, AnswerRow) if not row.harmful and row.answer.strip()]
+    drawn = random.Random(recipe.seed).sample(harmless, min(recipe.identity_rows, len(harmless)))  # noqa: S311
+    return [
+        (RewriteRow(question=row.question, rejected=row.answer, accepted=row.answer, source=_IDENTITY), 1.0)
+        for row in drawn
+    ]
+
+
+def _encode(
+    rows: Sequence[tuple[RewriteRow, float]], recipe: DetoxifierRecipe, tokenizer: Any
+) -> list[dict[str, Any]]:
+    pattern = template(recipe.template, DETOXIFIER_TEMPLATES)
+    rng = random.Random(recipe.seed)  # noqa: S311
+    encoded = []
+    for row, weight in rows:
+        accepted = legible(row.accepted.strip(), tokenizer.all_special_tokens)
+        target = tokenizer(accepted + (pattern.end_of_turn or tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+        question = None if rng.random() < recipe.question_dropout else row.question
+        turn = encode(Turn(question=question, answer=row.rejected), pattern, tokenizer)
+        copied_in_part = row.source == _IDENTITY and len(turn.answer) > recipe.max_answer_tokens
+        if not accepted or not turn.answer or len(target) > recipe.max_rewrite_tokens or copied_in_part:
+            continue
+        prefix, answer = shorten(turn.prefix, recipe.max_question_tokens), turn.answer[: recipe.max_answer_tokens]
+        prompt = [*prefix, *answer, *turn.suffix]
+        labels = [_IGNORED] * len(prompt) + target
+        encoded.append({"input_ids": [*prompt, *target], "labels": labels, "weight": weight})
+    tokens = sum(len(row["labels"]) for row in encoded)
+    logger.info("%d rows, %d tokens; %d rows too long or blank", len(encoded), tokens, len(rows) - len(encoded))
+    return encoded
+
+
+def _collate(batch: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    return {
+        "input_ids": pad([row["input_ids"] for row in batch], pad_token_id),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in batch], 0),
+        "labels": pad([row["labels"] for row in batch], _IGNORED),
+        "weights": torch.tensor([row["weight"] for row in batch]),
+    }
