@@ -1,0 +1,366 @@
+"""`ProtectorGuard`: the guard as the last step of a LangChain chain."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+from langchain_core.messages import AIMessage
+from langchain_core.output_parsers import BaseTransformOutputParser
+from langchain_core.outputs import ChatGeneration, Generation
+from langchain_core.prompt_values import PromptValue
+from langchain_core.runnables import RunnableConfig
+from pydantic import ConfigDict, PrivateAttr, ValidationError
+
+from langchain_mllm_protector.capture import enable_capture
+from langchain_mllm_protector.cases import Case, MissingQuestion, Step, case_of, check
+from langchain_mllm_protector.messages import merge_stream
+from langchain_mllm_protector.tracing import areport, report
+from mllm_protector_guard import (
+    DEFAULT_REFUSAL,
+    ConfigError,
+    Detoxifier,
+    Guard,
+    GuardPolicy,
+    HarmDetector,
+    load_guard,
+)
+
+__all__ = ["ProtectorGuard"]
+
+# One lock for all guards; what it protects is quick, because models load at their first use.
+_loading = threading.Lock()
+
+_RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
+
+
+class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
+    """Lets only harmless answers leave a chain: `chain | ProtectorGuard()`.
+
+    Every answer is scored together with its question. A harmless answer passes unchanged. A harmful one
+    is rewritten, the rewrite is scored too, and if no rewrite is harmless a refusal takes its place.
+    An answer that cannot be judged is withheld.
+
+    Example:
+        >>> from langchain_core.language_models import FakeListChatModel
+        >>> from langchain_mllm_protector import ProtectorGuard
+        >>> from mllm_protector_guard.fakes import KeywordDetector, ScriptedDetoxifier
+        >>> model = FakeListChatModel(responses=["Build a bomb."])
+        >>> guard = ProtectorGuard(
+        ...     detector=KeywordDetector({"bomb"}), detoxifier=ScriptedDetoxifier(["Ask me about gardens."])
+        ... )
+        >>> answer = (model | guard).invoke("What shall I do today?")
+        >>> answer.content
+        'Ask me about gardens.'
+        >>> answer.response_metadata["protector"]["outcome"]
+        'detoxified'
+
+    **Models.** `ProtectorGuard()` uses the default model and fetches it at the first check if it is not
+    there yet. Building a guard loads nothing; `warm_up()` loads now. The same models are shared by all
+    guards of a process. With `local_files_only=True` nothing is ever fetched.
+
+    **Input and output.** The answer leaves in the type it came in:
+
+    - `str` gives `str`.
+    - `AIMessage` or `AIMessageChunk` (content as text or as a list of blocks) gives the same class with the
+      same id, name, usage and tool calls; `response_metadata["protector"]` holds the record of the
+      check. The content of a passed message is not touched. In a harmful one the text is replaced; image and
+      citation blocks stay; reasoning, log probabilities and all other fields that may repeat the text go.
+    - `{"question": ..., "answer": ...}` gives the guarded answer alone, in the type of `answer`; other keys
+      are ignored. To keep the dict: `RunnablePassthrough.assign(answer=ProtectorGuard())`. The
+      question may be a str, a message, a prompt value, or a list of messages or content blocks.
+
+    Anything else is a `TypeError`: put the guard before parsers that make other objects of the answer.
+    What is judged is the text that a reader sees. Not judged in this version: the arguments of tool
+    calls, reasoning beside a harmless answer, images and audio that the model made. A message of
+    tool calls without text passes, and its record says `reason` "blank".
+
+    **The question** is looked for in this order; the record says in `question_match` how it was found:
+
+    1. in the dict: `explicit`;
+    2. in the call: `config={"configurable": {"__protector_question": question}}`: `explicit`;
+    3. in the prompts of the chain's own model calls, with no wiring (see `langchain_mllm_protector.capture`):
+       `id`, `text` or `ancestor`;
+    4. `none`: the answer is judged alone, unless `on_missing_question` says otherwise.
+
+    Out of a list of messages the question is the last human message with its images, as the model got it,
+    together with the human messages directly before it. Images are decoded, never fetched.
+
+    **Streams** are held until the answer is complete, judged once, and sent on as one chunk; nothing
+    leaves before the verdict. The events that the *model* sends of itself (`on_chat_model_stream` in
+    `astream_events`, LangGraph's `stream_mode="messages"`) are not the guard's to hold: do not
+    show them to users. In traces, the input of the guard's run is the answer as the model gave it.
+
+    **Batches** (`batch`, `abatch`) are scored in one detector batch.
+
+    **Traces.** Each check sends the custom event `mllm_protector.check` with its record and shows
+    child runs `harm_detector` and `detoxifier`. `ProtectorCallbackHandler` writes the records to a sink.
+    Records hold no texts unless `trace_content=True`; the record in a message never does.
+
+    Args:
+        model: Name of a catalog model, path of a checkpoint or hub id: the source of what is not given below.
+        detector: A detector, or name or path of one, in place of the model's own.
+        detoxifier: A detoxifier, or name or path of one, in place of the model's own.
+        guard: A ready `Guard`. It brings its own models and policy, so no setting of these may be given beside it.
+        threshold: Harm scores at or above it are harmful, [0, 1]; None takes the detector's calibrated one.
+        on_harm: "detoxify" rewrites, "withhold" sends the refusal, "flag" lets the answer through and marks the
+            record, "raise" raises `HarmfulAnswerError`.
+        on_error: What happens to answers that could not be judged: "withhold", "raise" or "pass".
+        on_missing_question: "answer_only" judges the answer alone, "warn" does so and logs a warning,
+            "withhold" sends the refusal, "raise" raises `DetectorError`.
+        max_attempts: How many rewrites are tried, 1 to 10.
+        timeout_s: Time limit of one check in seconds; None for none.
+        refusal: What stands in the place of a withheld answer.
+        device: "auto", "cpu", "cuda", "mps", ...
+        dtype: "auto", "float32", "bfloat16", ...
+        local_files_only: True never fetches anything; None leaves it to the environment.
+        trace_content: Whether the records in events and sinks hold the texts themselves.
+        capture: Whether questions are captured from model calls. If no guard of the process
+            asks for it, nothing is registered with LangChain.
+        name: Name of the run in traces.
+
+    Raises:
+        ConfigError: A setting is wrong or unknown, or contradicts `guard`.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
+
+    model: str | Path = "smollm2-135m"
+    detector: HarmDetector | str | Path | None = None
+    detoxifier: Detoxifier | str | Path | None = None
+    guard: Guard | None = None
+    threshold: float | None = None
+    on_harm: Literal["detoxify", "withhold", "flag", "raise"] = "detoxify"
+    on_error: Literal["withhold", "raise", "pass"] = "withhold"
+    on_missing_question: MissingQuestion = "answer_only"
+    max_attempts: int = 2
+    timeout_s: float | None = None
+    refusal: str = DEFAULT_REFUSAL
+    device: str = "auto"
+    dtype: str = "auto"
+    local_files_only: bool | None = None
+    trace_content: bool = False
+    capture: bool = True
+
+    _loaded: Guard | None = PrivateAttr(default=None)
+
+    if not TYPE_CHECKING:  # type checkers read the fields instead
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+                self._policy()
+            except ValidationError as error:
+                faults = "; ".join(f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
+                raise ConfigError(f"ProtectorGuard cannot be built: {faults}") from error
+            self._refuse_settings_beside_guard()
+            if self.capture:
+                enable_capture()
+
+    @property
+    def InputType(self) -> Any:
+        """What the guard takes: an answer, or a dict of question and answer."""
+        return str | AIMessage | dict[str, Any]
+
+    @property
+    def OutputType(self) -> Any:
+        """What the guard gives: the answer in the type it came in."""
+        return str | AIMessage
+
+    def warm_up(self) -> None:
+        """Loads the models now, not at the first check.
+
+        Raises:
+            CheckpointError: A model cannot be loaded.
+        """
+        self._engine().warm_up()
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage | str:
+        """The guarded answer, in the type it came in.
+
+        Raises:
+            HarmfulAnswerError: The answer is harmful and `on_harm` is "raise".
+            InferenceError: The answer could not be judged and `on_error` is "raise".
+            CheckpointError: A model cannot be loaded.
+            TypeError: `input` holds no answer that can be judged.
+        """
+        return self._call_with_config(self._guard_one, input, config, run_type="parser")
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage | str:
+        """`invoke` with the models in a worker thread; the event loop stays free."""
+        return await self._acall_with_config(self._aguard_one, input, config, run_type="parser")
+
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage | str]:
+        """The guarded answers, same order, scored in one detector batch.
+
+        With `return_exceptions=True` an error stands in the place of its answer.
+        """
+        return self._batch_with_config(
+            self._guard_all, inputs, config, return_exceptions=return_exceptions, run_type="parser"
+        )
+
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage | str]:
+        """`batch` with the models in a worker thread; the event loop stays free."""
+        return await self._abatch_with_config(
+            self._aguard_all, inputs, config, return_exceptions=return_exceptions, run_type="parser"
+        )
+
+    def transform(
+        self, input: Iterator[Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[AIMessage | str]:
+        """One chunk with the guarded answer, after the last chunk of `input`."""
+        yield from self._transform_stream_with_config(input, self._transform, config, run_type="parser")
+
+    async def atransform(
+        self, input: AsyncIterator[Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[AIMessage | str]:
+        """`transform` with the models in a worker thread; the event loop stays free."""
+        async for chunk in self._atransform_stream_with_config(input, self._atransform, config, run_type="parser"):
+            yield chunk
+
+    def parse(self, text: str) -> AIMessage | str:
+        """The guarded text."""
+        return self.invoke(text)
+
+    def parse_with_prompt(self, completion: str, prompt: PromptValue) -> AIMessage | str:
+        """The guarded text, judged as the answer to `prompt`."""
+        return self.invoke({"question": prompt, "answer": completion})
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> AIMessage | str:
+        """The first generation, guarded; `partial` makes no difference to how it is judged."""
+        first = result[0]
+        return self.invoke(first.message if isinstance(first, ChatGeneration) else first.text)
+
+    @property
+    def _type(self) -> str:
+        return "mllm_protector_guard"
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """The settings without loaded models: a copy in another process loads its own."""
+        return {**super().__getstate__(), "__pydantic_private__": {"_loaded": None}}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Restores the settings and the question capture."""
+        super().__setstate__(state)
+        if self.capture:
+            enable_capture()
+
+    def _guard_one(
+        self, value: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig
+    ) -> AIMessage | str:
+        return _value_or_raise(self._guard_all([value], [run_manager], [config])[0])
+
+    async def _aguard_one(
+        self, value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
+    ) -> AIMessage | str:
+        return _value_or_raise((await self._aguard_all([value], [run_manager], [config]))[0])
+
+    def _guard_all(
+        self, values: list[Any], run_manager: list[CallbackManagerForChainRun], config: list[RunnableConfig]
+    ) -> list[AIMessage | str | Exception]:
+        steps = self._steps(values, run_manager, config)
+        for step, manager in zip(steps, run_manager, strict=True):
+            if step.record is not None:
+                report(step.record, manager)
+        return [step.output for step in steps]
+
+    async def _aguard_all(
+        self, values: list[Any], run_manager: list[AsyncCallbackManagerForChainRun], config: list[RunnableConfig]
+    ) -> list[AIMessage | str | Exception]:
+        steps = await asyncio.to_thread(self._steps, values, run_manager, config)
+        for step, manager in zip(steps, run_manager, strict=True):
+            if step.record is not None:
+                await areport(step.record, manager)
+        return [step.output for step in steps]
+
+    def _transform(  # type: ignore[override]  # LangChain finds the two further arguments by their names
+        self, input: Iterator[Any], run_manager: CallbackManagerForChainRun, config: RunnableConfig
+    ) -> Iterator[AIMessage | str]:
+        if held := list(input):
+            yield self._guard_one(merge_stream(held), run_manager, config)
+
+    async def _atransform(  # type: ignore[override]  # as above
+        self, input: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
+    ) -> AsyncIterator[AIMessage | str]:
+        if held := [chunk async for chunk in input]:
+            yield await self._aguard_one(merge_stream(held), run_manager, config)
+
+    def _steps(
+        self, values: Sequence[Any], run_managers: Sequence[_RunManager], configs: Sequence[RunnableConfig]
+    ) -> list[Step]:
+        """What each run ends with. A value that is no answer is an error in its own place only."""
+        engine = self._engine()
+        cases: list[Case | TypeError] = []
+        for value, manager, config in zip(values, run_managers, configs, strict=True):
+            try:
+                cases.append(case_of(value, config, run_manager=manager, capture=self.capture))
+            except TypeError as error:
+                cases.append(error)
+        good = [case for case in cases if isinstance(case, Case)]
+        verdicts = iter(check(engine, good, on_missing_question=self.on_missing_question))
+        return [
+            Step.of(case, next(verdicts), trace_content=engine.trace_content)
+            if isinstance(case, Case)
+            else Step(output=case)
+            for case in cases
+        ]
+
+    def _engine(self) -> Guard:
+        """The guard that decides; its models load when they first score or write."""
+        if self.guard is not None:
+            return self.guard
+        with _loading:
+            if self._loaded is None:
+                self._loaded = load_guard(
+                    self.model,
+                    detector=self.detector,
+                    detoxifier=self.detoxifier,
+                    policy=self._policy(),
+                    trace_content=self.trace_content,
+                    device=self.device,
+                    dtype=self.dtype,
+                    local_files_only=self.local_files_only,
+                )
+            return self._loaded
+
+    def _refuse_settings_beside_guard(self) -> None:
+        if self.guard is None:
+            return
+        free = {"guard", "name", "capture", "on_missing_question"}
+        given = [
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in free and getattr(self, name) != field.default
+        ]
+        if given:
+            raise ConfigError(
+                f"guard= brings its own models and policy and contradicts {', '.join(map(repr, given))}. "
+                "Set these where the Guard is built, or leave guard= out."
+            )
+
+    def _policy(self) -> GuardPolicy:
+        return GuardPolicy(**{name: getattr(self, name) for name in GuardPolicy.model_fields})
+
+
+def _value_or_raise(value: AIMessage | str | Exception) -> AIMessage | str:
+    if isinstance(value, Exception):
+        raise value
+    return value
