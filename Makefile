@@ -1,0 +1,60 @@
+# Every target sets up .venv by itself when it is missing or when its pins changed.
+#
+# PYTHON  the interpreter .venv is made from (3.11 or newer).
+# TORCH   what pip is told to install as torch. The default pins the version in constraints-cpu.txt and
+#         takes a CPU build wherever pip's package indexes offer one. `make demo TORCH=torch` takes the
+#         newest build pip finds instead, which on Linux is usually the one for CUDA; any requirement or
+#         pip option works (TORCH="torch --index-url <index of the CUDA builds>"). It is read while .venv is made:
+#         remove .venv first to change it.
+PYTHON ?= python3
+TORCH ?= -r constraints-cpu.txt
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Large tensors come and go all the time here; jemalloc gives their memory back without a page fault for each.
+JEMALLOC := $(firstword $(wildcard /usr/lib/*/libjemalloc.so.2))
+COMMA := ,
+FAST := $(if $(JEMALLOC),LD_PRELOAD=$(JEMALLOC) MALLOC_CONF=dirty_decay_ms:10000$(COMMA)muzzy_decay_ms:10000)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pull demo test lint type bench notebooks
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
+
+setup: $(READY) ## make .venv with everything this repository needs
+
+pull: $(READY) ## fetch and verify the default model once; nothing is downloaded when it is there
+	$(BIN)/mllm-protector pull
+
+demo: pull ## guard a chain over the sample transcripts with the default model
+	$(FAST) $(BIN)/python cookbook/demo.py
+
+test: pull ## run all tests, those of the default model included
+	$(BIN)/pytest
+
+lint: $(READY) ## check style, import rules and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+type: $(READY) ## check types
+	$(BIN)/mypy
+
+bench: pull ## time scoring and rewriting with the default model
+	$(FAST) $(BIN)/python benchmarks/guard.py
+
+notebooks: pull ## run the cookbook notebooks in place
+	$(FAST) $(BIN)/jupyter execute --inplace cookbook/*.ipynb
+
+# The stamp is written last, so an interrupted setup starts again.
+$(READY): pyproject.toml constraints.txt constraints-cpu.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group dev
+	@touch $@
