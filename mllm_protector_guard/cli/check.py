@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +12,8 @@ from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.choices import ModelChoice
 from mllm_protector_guard.cli.console import exit_codes
 from mllm_protector_guard.cli.source import turn_of
-from mllm_protector_guard.cli.stream import Job, Streams, Work, run_job
-from mllm_protector_guard.errors import ConfigError, GuardError, HarmfulAnswerError
+from mllm_protector_guard.cli.stream import Job, Streams, Work, describe, run_job
+from mllm_protector_guard.errors import ConfigError, GuardError, HarmfulAnswerError, InferenceError
 from mllm_protector_guard.guard import Guard
 from mllm_protector_guard.jsonl import Row
 from mllm_protector_guard.policy import DEFAULT_REFUSAL, OnError, OnHarm
@@ -98,7 +98,7 @@ def check(
         if trace_content and trace is None:
             raise ConfigError("--trace-content is for records; name their file with --trace FILE")
 
-        def load() -> Work:
+        def load(tell: Callable[[str], None]) -> Work:
             guard = Guard(
                 detector=choice.load_detector(),
                 detoxifier=choice.load_detoxifier() if on_harm == "detoxify" else None,
@@ -107,7 +107,7 @@ def check(
                 trace_content=trace_content,
             )
             guard.warm_up()
-            return lambda rows: _verdicts(guard, rows)
+            return lambda rows: _verdicts(guard, rows, tell)
 
         settings = {**policy.model_dump(), **choice.detector_settings()}
         if on_harm == "detoxify":
@@ -125,7 +125,7 @@ def check(
         raise typer.Exit(run_job(job, streams))
 
 
-def _verdicts(guard: Guard, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _verdicts(guard: Guard, rows: Sequence[Row], tell: Callable[[str], None]) -> list[dict[str, Any]]:
     origins = [
         Origin(
             integration="cli",
@@ -135,6 +135,9 @@ def _verdicts(guard: Guard, rows: Sequence[Row]) -> list[dict[str, Any]]:
         for line, fields in rows
     ]
     results = guard.check_batch([turn_of(row) for row in rows], origins=origins, return_exceptions=True)
+    for row, result in zip(rows, results, strict=True):
+        if isinstance(result, InferenceError):
+            tell(describe(row, result))
     return [_fields(result) for result in results]
 
 

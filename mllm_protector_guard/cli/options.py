@@ -52,7 +52,9 @@ Output = Annotated[
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Go on where a run that wrote to -o FILE was stopped or killed.", rich_help_panel=_FILES
+        "--resume",
+        help="Go on where a run that wrote to -o FILE was killed; FILE.run.json has its settings.",
+        rich_help_panel=_FILES,
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write over -o FILE.", rich_help_panel=_FILES)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.choices import ModelChoice
 from mllm_protector_guard.cli.console import exit_codes
 from mllm_protector_guard.cli.source import turn_of
-from mllm_protector_guard.cli.stream import Job, Streams, Work, run_job
-from mllm_protector_guard.errors import DetoxifierError, InferenceError
+from mllm_protector_guard.cli.stream import Job, Streams, Work, describe, run_job
+from mllm_protector_guard.errors import DetoxifierError
 from mllm_protector_guard.jsonl import Row
 from mllm_protector_guard.ports import Detoxifier
 from mllm_protector_guard.timelimit import TimeLimit
@@ -53,10 +53,10 @@ def rewrite(
             offline=offline,
         )
 
-        def load() -> Work:
+        def load(tell: Callable[[str], None]) -> Work:
             loaded = choice.load_detoxifier()
             calls.warm_up(loaded)
-            return lambda rows: _rewrites(loaded, rows)
+            return lambda rows: _rewrites(loaded, rows, tell)
 
         job = Job(verb="rewrite", adds=("text", "error"), settings=choice.detoxifier_settings(), load=load)
         streams = Streams(
@@ -65,13 +65,14 @@ def rewrite(
         raise typer.Exit(run_job(job, streams))
 
 
-def _rewrites(detoxifier: Detoxifier, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    written = calls.rewrite(detoxifier, [turn_of(row) for row in rows], 0, TimeLimit(None))
-    return [_fields(text) for text in written]
-
-
-def _fields(text: str | InferenceError) -> dict[str, Any]:
-    if isinstance(text, str) and text.strip():
-        return {"text": text}
-    # A blank rewrite says that none could be written.
-    return {"text": None, "error": DetoxifierError.__name__ if isinstance(text, str) else type(text).__name__}
+def _rewrites(detoxifier: Detoxifier, rows: Sequence[Row], tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    added: list[dict[str, Any]] = []
+    texts = calls.rewrite(detoxifier, [turn_of(row) for row in rows], 0, TimeLimit(None))
+    for row, text in zip(rows, texts, strict=True):
+        if isinstance(text, str) and text.strip():
+            added.append({"text": text})
+        else:
+            error = DetoxifierError("no rewrite could be written") if isinstance(text, str) else text
+            tell(describe(row, error))
+            added.append({"text": None, "error": type(error).__name__})
+    return added

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.choices import ModelChoice
 from mllm_protector_guard.cli.console import exit_codes
 from mllm_protector_guard.cli.source import turn_of
-from mllm_protector_guard.cli.stream import Job, Streams, Work, run_job
+from mllm_protector_guard.cli.stream import Job, Streams, Work, describe, run_job
 from mllm_protector_guard.guard import Guard
 from mllm_protector_guard.jsonl import Row
 from mllm_protector_guard.types import GuardResult
@@ -55,10 +55,10 @@ def score(
         )
         policy = options.as_policy(threshold=threshold, on_harm="flag", on_error="raise")
 
-        def load() -> Work:
+        def load(tell: Callable[[str], None]) -> Work:
             guard = Guard(detector=choice.load_detector(), policy=policy)
             guard.warm_up()
-            return lambda rows: _scores(guard, rows)
+            return lambda rows: _scores(guard, rows, tell)
 
         job = Job(
             verb="score",
@@ -73,11 +73,13 @@ def score(
         raise typer.Exit(run_job(job, streams))
 
 
-def _scores(guard: Guard, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _scores(guard: Guard, rows: Sequence[Row], tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    added: list[dict[str, Any]] = []
     results = guard.check_batch([turn_of(row) for row in rows], return_exceptions=True)
-    return [
-        {"harm_score": result.harm_score, "harmful": result.harmful}
-        if isinstance(result, GuardResult)
-        else {"harm_score": None, "harmful": None, "error": type(result).__name__}
-        for result in results
-    ]
+    for row, result in zip(rows, results, strict=True):
+        if isinstance(result, GuardResult):
+            added.append({"harm_score": result.harm_score, "harmful": result.harmful})
+        else:
+            tell(describe(row, result))
+            added.append({"harm_score": None, "harmful": None, "error": type(result).__name__})
+    return added

@@ -14,10 +14,10 @@ from mllm_protector_guard import __version__
 from mllm_protector_guard.cli.console import EXIT_FINDING, Messages
 from mllm_protector_guard.cli.sink import FileSink, RowSink, open_sink
 from mllm_protector_guard.cli.source import RowSource, open_source
-from mllm_protector_guard.errors import ConfigError, DataError
+from mllm_protector_guard.errors import ConfigError, DataError, GuardError
 from mllm_protector_guard.jsonl import Row
 
-__all__ = ["Job", "Streams", "Work", "run_job"]
+__all__ = ["Job", "Streams", "Work", "describe", "run_job"]
 
 Work = Callable[[Sequence[Row]], Sequence[Mapping[str, Any]]]
 """The fields to add to each row, same order. A field `error` that is not None says that the row failed."""
@@ -43,14 +43,15 @@ class Job:
         adds: Names of all fields that the work may add.
         counts: The added field whose values are counted in the summary, if one is.
         settings: What decides on the added fields.
-        load: Loads the models and returns the work; called when the first new row is there.
+        load: Loads the models and returns the work; called when the first new row is there, with a function
+            that takes messages for the user.
     """
 
     verb: str
     adds: Collection[str]
     counts: str | None = None
     settings: Mapping[str, Any]
-    load: Callable[[], Work]
+    load: Callable[[Callable[[str], None]], Work]
 
 
 @dataclass(slots=True)
@@ -77,6 +78,11 @@ def _label(name: str, value: object) -> str:
     if isinstance(value, bool):
         return name if value else f"not {name}"
     return str(value)
+
+
+def describe(row: Row, error: GuardError) -> str:
+    """What went wrong with a row, for people."""
+    return f"line {row[0]}: {type(error).__name__}: {error}"
 
 
 def run_job(job: Job, streams: Streams) -> int:
@@ -110,7 +116,7 @@ def run_job(job: Job, streams: Streams) -> int:
             replaced: set[str] = set()
             while batch := source.next_batch(streams.batch_size):
                 if work is None:
-                    work = job.load()
+                    work = job.load(messages.say)
                 for (line, fields), added in zip(batch, work(batch), strict=True):
                     for name in (fields.keys() & set(job.adds)) - replaced:
                         replaced.add(name)

@@ -5,7 +5,6 @@ Importing this module loads neither; the first call of a `load_*` function does.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -16,18 +15,14 @@ from mllm_protector_guard.errors import CheckpointError, ConfigError
 from mllm_protector_guard.guard import Guard
 from mllm_protector_guard.models import catalog
 from mllm_protector_guard.models.catalog import DEFAULT_MODEL
-from mllm_protector_guard.models.checkpoint import (
-    CONFIG_FILE,
-    BaseReference,
-    DetectorConfig,
-    DetoxifierConfig,
-    read_config,
-)
+from mllm_protector_guard.models.checkpoint import CONFIG_FILE, DetectorConfig, DetoxifierConfig, read_config
+from mllm_protector_guard.models.foreign import foreign_detector, foreign_detoxifier, validated
 from mllm_protector_guard.models.placement import Placement, Quantization
 from mllm_protector_guard.policy import GuardPolicy
 from mllm_protector_guard.ports import Detoxifier, HarmDetector, RecordSink
 
 if TYPE_CHECKING:
+    from mllm_protector_guard.models.checkpoint import BaseReference
     from mllm_protector_guard.models.detector import TransformersDetector
     from mllm_protector_guard.models.detoxifier import TransformersDetoxifier
 
@@ -38,18 +33,6 @@ T = TypeVar("T")
 # Two guards that name the same checkpoint and placement share one model while either of them lives.
 _shared: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 _shared_lock = threading.Lock()
-
-# Published with the paper: LoRA adapters whose base and template their own files do not tell.
-_PUBLISHED_DETECTORS = {
-    "renjiepi/protector_detector_3b_lora": {
-        "base": "openlm-research/open_llama_3b_v2",
-        "polarity": "harmless",
-        "template": "protector",
-    },
-}
-_PUBLISHED_DETOXIFIERS = {
-    "renjiepi/mllm_protector_detoxifier": {"base": "lmsys/vicuna-7b-v1.5", "template": "protector"},
-}
 
 
 def load_detector(
@@ -79,7 +62,7 @@ def load_detector(
         dtype: "auto" (bfloat16 on cuda, float32 elsewhere) or a torch dtype name.
         device_map: Spreads the model over devices, as accelerate does.
         quantization: "8bit" or "4bit" through bitsandbytes, on CUDA only.
-        local_files_only: True fetches nothing; None asks `MLLM_PROTECTOR_OFFLINE`.
+        local_files_only: True fetches nothing, as `MLLM_PROTECTOR_OFFLINE=1` does for all.
         revision: Commit of a hub checkpoint.
         base: The model under a foreign LoRA adapter; its `adapter_config.json` names it otherwise.
         base_revision: Commit of that base on the hub.
@@ -100,31 +83,12 @@ def load_detector(
     placement = Placement(device=device, dtype=dtype, device_map=device_map, quantization=quantization)
     foreign = {"base": base, "label": label, "polarity": polarity, "template": template, "threshold": threshold}
     given = {name: value for name, value in foreign.items() if value is not None}
-    key = ("detector", str(model), placement, local_files_only, revision, base_revision, *sorted(given.items()))
+    where = (_identity(model), placement, local_files_only, revision, base_revision)
 
     def make() -> TransformersDetector:
-        from mllm_protector_guard.models.detector import TransformersDetector, load_classifier, load_pooled
+        return _make_detector(model, placement, given, revision, base_revision, local_files_only)
 
-        folder = _folder(model, "detector", revision, local_files_only)
-        if (folder / CONFIG_FILE).exists():
-            _refuse(given, model)
-            config = read_config(folder)
-            if not isinstance(config, DetectorConfig):
-                raise CheckpointError(f"{str(model)!r} is a detoxifier; use load_detoxifier", source=str(model))
-            return TransformersDetector(
-                config, lambda: load_pooled(folder, config, placement, local_files_only=local_files_only)
-            )
-        settings: dict[str, Any] = {**_PUBLISHED_DETECTORS.get(str(model), {}), **given}
-        under = _base_of_adapter(folder, settings.get("base"), base_revision)
-        config = _foreign_detector(settings, under, model)
-        return TransformersDetector(
-            config,
-            lambda: load_classifier(
-                folder, config, placement, label=label, base=under, local_files_only=local_files_only
-            ),
-        )
-
-    return _share(key, make)
+    return _share(("detector", *where, *sorted(given.items())), make)
 
 
 def load_detoxifier(
@@ -153,7 +117,7 @@ def load_detoxifier(
         dtype: As for `load_detector`.
         device_map: As for `load_detector`.
         quantization: As for `load_detector`.
-        local_files_only: True fetches nothing; None asks `MLLM_PROTECTOR_OFFLINE`.
+        local_files_only: True fetches nothing, as `MLLM_PROTECTOR_OFFLINE=1` does for all.
         revision: Commit of a hub checkpoint.
         base: The model under a foreign LoRA adapter; its `adapter_config.json` names it otherwise.
         base_revision: Commit of that base on the hub.
@@ -167,38 +131,14 @@ def load_detoxifier(
     """
     placement = Placement(device=device, dtype=dtype, device_map=device_map, quantization=quantization)
     given = {name: value for name, value in {"base": base, "template": template}.items() if value is not None}
-    key = ("detoxifier", str(model), placement, local_files_only, revision, base_revision, max_new_tokens, seed)
+    where = (_identity(model), placement, local_files_only, revision, base_revision)
 
     def make() -> TransformersDetoxifier:
-        from mllm_protector_guard.models.detoxifier import TransformersDetoxifier, load_causal_lm
-
-        folder = _folder(model, "detoxifier", revision, local_files_only)
-        under: BaseReference | None
-        if (folder / CONFIG_FILE).exists():
-            _refuse(given, model)
-            read = read_config(folder)
-            if not isinstance(read, DetoxifierConfig):
-                raise CheckpointError(f"{str(model)!r} is a detector; use load_detector", source=str(model))
-            config, under = read, read.base
-        else:
-            settings: dict[str, Any] = {**_PUBLISHED_DETOXIFIERS.get(str(model), {}), **given}
-            under = _base_of_adapter(folder, settings.get("base"), base_revision)
-            if "template" not in settings:
-                raise ConfigError(f"{str(model)!r} has no guard.json: say its template=, 'protector' or 'chatml'")
-            config = DetoxifierConfig(
-                base=under or BaseReference(name=str(model)),
-                template=settings["template"],
-                revision=revision or "unknown",
-                licence="unknown",
-                max_new_tokens=512,
-            )
-        if max_new_tokens is not None:
-            config = config.model_copy(update={"max_new_tokens": max_new_tokens})
-        return TransformersDetoxifier(
-            config, lambda: load_causal_lm(folder, under, placement, local_files_only=local_files_only), seed=seed
+        return _make_detoxifier(
+            model, placement, given, revision, base_revision, local_files_only, max_new_tokens=max_new_tokens, seed=seed
         )
 
-    return _share((*key, *sorted(given.items())), make)
+    return _share(("detoxifier", *where, max_new_tokens, seed, *sorted(given.items())), make)
 
 
 def load_guard(
@@ -224,7 +164,7 @@ def load_guard(
         trace_content: Whether records hold the texts themselves.
         device: Of both models.
         dtype: Of both models.
-        local_files_only: True fetches nothing; None asks `MLLM_PROTECTOR_OFFLINE`.
+        local_files_only: True fetches nothing, as `MLLM_PROTECTOR_OFFLINE=1` does for all.
 
     Raises:
         CheckpointError: A checkpoint cannot be found.
@@ -244,6 +184,61 @@ def load_guard(
     return Guard(detector=detector, detoxifier=detoxifier, policy=policy, sinks=sinks, trace_content=trace_content)
 
 
+def _make_detector(
+    model: str | Path,
+    placement: Placement,
+    given: dict[str, Any],
+    revision: str | None,
+    base_revision: str | None,
+    local_files_only: bool | None,
+) -> TransformersDetector:
+    from mllm_protector_guard.models.detector import TransformersDetector, load_classifier, load_pooled
+
+    folder = _folder(model, "detector", revision, local_files_only)
+    if (folder / CONFIG_FILE).exists():
+        ours = _read_ours(folder, model, given)
+        if not isinstance(ours, DetectorConfig):
+            raise CheckpointError(f"{str(model)!r} is a detoxifier; use load_detoxifier", source=str(model))
+        return TransformersDetector(
+            ours, lambda: load_pooled(folder, ours, placement, local_files_only=local_files_only)
+        )
+    label = given.get("label")
+    config, base = foreign_detector(folder, str(model), given, base_revision)
+    return TransformersDetector(
+        config,
+        lambda: load_classifier(folder, config, placement, label=label, base=base, local_files_only=local_files_only),
+    )
+
+
+def _make_detoxifier(
+    model: str | Path,
+    placement: Placement,
+    given: dict[str, Any],
+    revision: str | None,
+    base_revision: str | None,
+    local_files_only: bool | None,
+    *,
+    max_new_tokens: int | None,
+    seed: int,
+) -> TransformersDetoxifier:
+    from mllm_protector_guard.models.detoxifier import TransformersDetoxifier, load_causal_lm
+
+    folder = _folder(model, "detoxifier", revision, local_files_only)
+    if (folder / CONFIG_FILE).exists():
+        ours = _read_ours(folder, model, given)
+        if not isinstance(ours, DetoxifierConfig):
+            raise CheckpointError(f"{str(model)!r} is a detector; use load_detector", source=str(model))
+        config: DetoxifierConfig = ours
+        base: BaseReference | None = ours.base
+    else:
+        config, base = foreign_detoxifier(folder, str(model), given, base_revision)
+    if max_new_tokens is not None:
+        config = validated(DetoxifierConfig, {**dict(config), "max_new_tokens": max_new_tokens})
+    return TransformersDetoxifier(
+        config, lambda: load_causal_lm(folder, base, placement, local_files_only=local_files_only), seed=seed
+    )
+
+
 def _share(key: Hashable, make: Callable[[], T]) -> T:
     with _shared_lock:
         found: T | None = _shared.get(key)
@@ -252,48 +247,30 @@ def _share(key: Hashable, make: Callable[[], T]) -> T:
         return found
 
 
+def _identity(model: str | Path) -> str:
+    """The same for two spellings of a folder, another for one spelling seen from two working directories."""
+    folder = Path(model).expanduser()
+    return str(model) if str(model) in catalog.names() or not folder.is_dir() else str(folder.resolve())
+
+
 def _folder(
     model: str | Path, kind: Literal["detector", "detoxifier"], revision: str | None, local_files_only: bool | None
 ) -> Path:
-    if str(model) in catalog.names():
-        entry = catalog.get(str(model))
-        return entry.detector if kind == "detector" else entry.detoxifier
-    from mllm_protector_guard.models.backbone import resolve_folder
+    if str(model) not in catalog.names():
+        from mllm_protector_guard.models.backbone import resolve_folder
 
-    return resolve_folder(str(model), revision=revision, local_files_only=local_files_only)
-
-
-def _base_of_adapter(folder: Path, base: str | Path | None, revision: str | None) -> BaseReference | None:
-    config = folder / "adapter_config.json"
-    if not config.exists():
-        if base is not None:
-            raise ConfigError(f"base= is for LoRA adapters, and {str(folder)!r} has no adapter_config.json; leave it out")
-        return None
-    if base is None:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ConfigError(f"the adapter in {str(folder)!r} does not name its base model; give base=")
-    return BaseReference(name=str(base), revision=revision)
-
-
-def _foreign_detector(settings: dict[str, Any], base: BaseReference | None, model: str | Path) -> DetectorConfig:
-    missing = [name for name in ("polarity", "template") if name not in settings]
-    if missing:
-        raise ConfigError(
-            f"{str(model)!r} has no guard.json: say {' and '.join(f'{name}=' for name in missing)} "
-            "(polarity 'harmful' or 'harmless': what a high output means; "
-            "template 'protector', 'chatml' or 'answer_only': how it reads a turn)"
+        return resolve_folder(str(model), revision=revision, local_files_only=local_files_only)
+    entry = catalog.get(str(model))
+    folder = entry.detector if kind == "detector" else entry.detoxifier
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"this installation lacks the {kind} of {str(model)!r}; install mllm-protector-guard again",
+            source=str(model),
         )
-    return DetectorConfig(
-        base=base or BaseReference(name=str(model)),
-        template=settings["template"],
-        polarity=settings["polarity"],
-        threshold=settings.get("threshold", 0.5),
-        revision="unknown",
-        licence="unknown",
-    )
+    return folder
 
 
-def _refuse(given: dict[str, Any], model: str | Path) -> None:
+def _read_ours(folder: Path, model: str | Path, given: dict[str, Any]) -> DetectorConfig | DetoxifierConfig:
     if given:
         raise ConfigError(f"{str(model)!r} says these in its guard.json itself; leave out: {', '.join(sorted(given))}")
+    return read_config(folder)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,22 @@ from mllm_protector_guard.models.offline import offline
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.models.pull import ensure_base, read_source
 
-__all__ = ["load_model", "load_tokenizer", "resolve_base", "resolve_folder", "with_adapter"]
+__all__ = [
+    "isolated",
+    "load_model",
+    "load_tokenizer",
+    "max_tokens",
+    "require_pad_token",
+    "resolve_base",
+    "resolve_folder",
+    "tokenizer_home",
+    "with_adapter",
+]
 
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer")
+# What from_pretrained changes for the whole process while it runs, no two threads may change at once.
+_load_lock = threading.RLock()
 
 
 def resolve_folder(source: str, *, revision: str | None, local_files_only: bool | None) -> Path:
@@ -38,7 +54,7 @@ def resolve_folder(source: str, *, revision: str | None, local_files_only: bool 
         CheckpointError: It is neither a folder nor a repository that can be reached.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder
     try:
         return Path(
@@ -86,9 +102,9 @@ def load_tokenizer(folder: Path, *, padding_side: str) -> PreTrainedTokenizerBas
         CheckpointError: There is no tokenizer that can report where its tokens stand in the text.
     """
     try:
-        with quiet_transformers():
+        with isolated():
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer.json surfaces as a bare Exception
         raise CheckpointError(
             f"no tokenizer could be loaded from {str(folder)!r} ({type(error).__name__}); "
             "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json there.",
@@ -98,6 +114,11 @@ def load_tokenizer(folder: Path, *, padding_side: str) -> PreTrainedTokenizerBas
         raise CheckpointError(f"{str(folder)!r} has no fast tokenizer; save a tokenizer.json there.", source=folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(
+            f"the tokenizer in {str(folder)!r} has no pad, unknown or end token; name one in tokenizer_config.json.",
+            source=folder,
+        )
     # Callers cut texts into windows themselves; the tokenizer's own limit would only warn.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
@@ -130,17 +151,25 @@ def load_model(auto: Any, folder: Path, placement: Placement, **options: Any) ->
         arguments["device_map"] = placement.device_map or {"": device}
     elif placement.device_map is not None:
         arguments["device_map"] = placement.device_map
+    if "device_map" in arguments and importlib.util.find_spec("accelerate") is None:
+        raise MissingDependencyError("accelerate", "train")
     try:
-        with quiet_transformers():
+        with isolated():
             model, loading = auto.from_pretrained(folder, **arguments)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if "device_map" not in arguments:
+            model = model.to(device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CheckpointError(
+            f"{str(folder)!r} does not fit into the memory of {str(device)!r}. Free some, choose another device=, "
+            "or take less of it with dtype=, quantization= or device_map=.",
+            source=folder,
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"{str(folder)!r} cannot be loaded as {auto.__name__} ({type(error).__name__}); "
             "the files are damaged or belong to another architecture. Copy or pull the checkpoint again.",
             source=folder,
         ) from error
-    if "device_map" not in arguments:
-        model = model.to(device)
     return model.eval(), set(loading["missing_keys"])
 
 
@@ -157,31 +186,57 @@ def with_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTra
         source=folder,
     )
     try:
-        with quiet_transformers():
+        with isolated():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            stored = set(file.keys())
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
         raise mismatch from error
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-        stored = set(file.keys())
-    if stored != set(get_peft_model_state_dict(adapted)):
+    # Without the argument PEFT would look the base model up on the hub.
+    if stored != set(get_peft_model_state_dict(adapted, save_embedding_layers=False)):
         raise mismatch
     result = adapted.merge_and_unload() if merge else adapted
     return result.eval()  # type: ignore[no-any-return]
 
 
+def max_tokens(model: Any) -> int:
+    """How many tokens the model can read at once; a very large number where it does not say."""
+    config = model.config
+    # Models of the RoBERTa family count their positions from behind the padding's.
+    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    return int(getattr(config, "max_position_embeddings", None) or 2**31) - offset
+
+
+def tokenizer_home(adapter: Path, base: Path) -> Path:
+    """The folder whose tokenizer an adapter was trained with."""
+    return adapter if (adapter / "tokenizer_config.json").exists() else base
+
+
+def require_pad_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Sees to it that the model knows the pad token; adapters come with tokenizers that have one more token."""
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= known:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Holds back transformers' load reports and progress bars; what matters is checked here and raised."""
+def isolated() -> Iterator[None]:
+    """Loading inside leaves the process as it was: log level, progress bars, warnings, torch's random numbers.
+
+    What transformers and PEFT would report of a load is held back; what matters of it is checked here and raised.
+    """
     log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
+    with _load_lock, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 def _quantization(bits: str, device: torch.device) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mllm_protector_guard.errors import CheckpointError
 
@@ -89,6 +89,12 @@ class DetectorConfig(_Common):
     temperature: float = Field(default=1.0, gt=0.0)
     window_tokens: int = Field(default=384, ge=16)
     overlap_tokens: int = Field(default=64, ge=0)
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> Self:
+        if self.overlap_tokens >= self.window_tokens:
+            raise ValueError("overlap_tokens must be less than window_tokens")
+        return self
 
 
 class DetoxifierConfig(_Common):

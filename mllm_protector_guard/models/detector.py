@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from mllm_protector_guard.errors import CheckpointError, ConfigError, DetectorError
-from mllm_protector_guard.models.backbone import load_model, load_tokenizer, resolve_base, with_adapter
+from mllm_protector_guard.models.backbone import (
+    isolated,
+    load_model,
+    load_tokenizer,
+    max_tokens,
+    require_pad_token,
+    resolve_base,
+    tokenizer_home,
+    with_adapter,
+)
 from mllm_protector_guard.models.checkpoint import (
     ADAPTER_FILE,
     HEAD_FILE,
@@ -25,12 +33,10 @@ from mllm_protector_guard.models.checkpoint import (
     require_safetensors,
 )
 from mllm_protector_guard.models.placement import Placement
-from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, shorten, template
+from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, shorten_question, template
 from mllm_protector_guard.types import Turn
 
 __all__ = ["LoadedDetector", "PooledClassifier", "TransformersDetector", "load_classifier", "load_pooled"]
-
-logger = logging.getLogger(__name__)
 
 _ADAPTER_HEADS = ("score", "classifier")
 
@@ -74,12 +80,14 @@ class LoadedDetector:
     """A detector in memory.
 
     Attributes:
+        max_tokens: Most tokens that it can read at once.
         harm_scores: From input_ids, attention_mask and answer_mask (see `PooledClassifier.forward`) to
             P(harmful), float [batch].
     """
 
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    max_tokens: int
     harm_scores: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -147,21 +155,18 @@ class TransformersDetector:
 
     def _windows(self, loaded: LoadedDetector, index: int, turn: Turn) -> Iterator[_Window]:
         encoded = encode(turn, self._template, loaded.tokenizer)
-        prefix, answer = shorten(encoded.prefix, self.config.max_question_tokens), encoded.answer
+        answer, suffix = encoded.answer, encoded.suffix
         if not answer:
             return
-        if len(prefix) < len(encoded.prefix):
-            logger.warning(
-                "a question of %d tokens is read without its middle; max_question_tokens is %d",
-                len(encoded.prefix),
-                self.config.max_question_tokens,
-            )
-        size, step = self.config.window_tokens, self.config.window_tokens - self.config.overlap_tokens
+        # A question may take half of a model that reads less than the configuration allows.
+        prefix = shorten_question(encoded.prefix, min(self.config.max_question_tokens, loaded.max_tokens // 2))
+        size = min(self.config.window_tokens, loaded.max_tokens - len(prefix) - len(suffix))
+        step = size - min(self.config.overlap_tokens, size // 2)
         last = max(len(answer) - size, 0)
         for start in sorted({*range(0, last, step), last}):
             part = answer[start : start + size]
             span = range(len(prefix), len(prefix) + len(part))
-            yield _Window(turn=index, ids=[*prefix, *part, *encoded.suffix], answer=span)
+            yield _Window(turn=index, ids=[*prefix, *part, *suffix], answer=span)
 
 
 def _batches(windows: list[_Window], budget: int) -> Iterator[list[_Window]]:
@@ -206,16 +211,22 @@ def load_pooled(
     tokenizer = load_tokenizer(base, padding_side="right")
     backbone, missing = load_model(AutoModel, base, placement, **_layers(config.layers))
     if missing:
-        raise CheckpointError(f"the base model {config.base.name!r} lacks {len(missing)} weights", source=folder)
+        raise CheckpointError(
+            f"the base model {config.base.name!r} lacks {len(missing)} weights of {config.layers or 'all its'} layers. "
+            "Point `base` in guard.json to the right model, or pull it again.",
+            source=folder,
+        )
     if (folder / ADAPTER_FILE).exists() or (folder / "adapter_config.json").exists():
         backbone = with_adapter(backbone, folder, merge=placement.quantization is None)
     device = next(backbone.parameters()).device
-    model = PooledClassifier(backbone, hidden_size=backbone.config.hidden_size, pooling=config.pooling)
     try:
-        model.head.load_state_dict(load_file(folder / HEAD_FILE))
-    except (RuntimeError, SafetensorError) as error:
+        with isolated():
+            model = PooledClassifier(backbone, hidden_size=backbone.config.hidden_size, pooling=config.pooling)
+            model.head.load_state_dict(load_file(folder / HEAD_FILE))
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{HEAD_FILE} in {str(folder)!r} does not fit a one-unit head on {backbone.config.hidden_size} features",
+            f"{HEAD_FILE} in {str(folder)!r} is damaged or no one-unit head on {backbone.config.hidden_size} features. "
+            "Copy the checkpoint folder again, or check `base` and `layers` in guard.json.",
             source=folder,
         ) from error
     model.head.to(device)
@@ -224,7 +235,7 @@ def load_pooled(
     def harm_scores(input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
         return torch.sigmoid(sign * model(input_ids, attention_mask, answer_mask) / config.temperature)
 
-    return LoadedDetector(tokenizer=tokenizer, device=device, harm_scores=harm_scores)
+    return LoadedDetector(tokenizer=tokenizer, device=device, max_tokens=max_tokens(backbone), harm_scores=harm_scores)
 
 
 def _layers(layers: int | None) -> dict[str, int]:
@@ -255,8 +266,7 @@ def load_classifier(
         ConfigError: The model has several labels and none is named.
     """
     root = folder if base is None else resolve_base(base, local_files_only=local_files_only)
-    tokenizer_home = folder if (folder / "tokenizer_config.json").exists() else root
-    tokenizer = load_tokenizer(tokenizer_home, padding_side="right")
+    tokenizer = load_tokenizer(root if base is None else tokenizer_home(folder, root), padding_side="right")
     options = {} if base is None else {"num_labels": 1}
     model, missing = load_model(AutoModelForSequenceClassification, root, placement, **options)
     if base is not None:
@@ -269,6 +279,7 @@ def load_classifier(
             "Give a checkpoint that was trained as a sequence classifier.",
             source=folder,
         )
+    require_pad_token(tokenizer, model)
     model.config.pad_token_id = tokenizer.pad_token_id
     index = _label_index(model, label)
 
@@ -278,13 +289,20 @@ def load_classifier(
         scores = (logits.softmax(-1) if one_of_many else torch.sigmoid(logits / config.temperature))[:, index]
         return scores if config.polarity == "harmful" else 1.0 - scores
 
-    return LoadedDetector(tokenizer=tokenizer, device=model.device, harm_scores=harm_scores)
+    return LoadedDetector(
+        tokenizer=tokenizer, device=model.device, max_tokens=max_tokens(model), harm_scores=harm_scores
+    )
 
 
 def _require_head_in_adapter(folder: Path) -> None:
     require_safetensors(folder, ADAPTER_FILE, source=str(folder))
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-        names: list[str] = list(file.keys())
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            names: list[str] = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{ADAPTER_FILE} in {str(folder)!r} is damaged. Copy the checkpoint folder again.", source=folder
+        ) from error
     if not any(part in _ADAPTER_HEADS for name in names for part in name.split(".")):
         raise CheckpointError(
             f"the adapter in {str(folder)!r} has no classification head; a fresh head would score at random. "
@@ -294,7 +312,7 @@ def _require_head_in_adapter(folder: Path) -> None:
 
 
 def _label_index(model: PreTrainedModel, label: str | None) -> int:
-    labels: dict[str, Any] = {str(name): int(index) for index, name in model.config.id2label.items()}
+    labels: dict[str, Any] = {str(name): int(index) for index, name in (model.config.id2label or {}).items()}
     if label is None and len(labels) == 1:
         return 0
     if label not in labels:

@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mllm_protector_guard.errors import CheckpointError
-from mllm_protector_guard.models.backbone import load_model, load_tokenizer, resolve_base, with_adapter
+from mllm_protector_guard.errors import CheckpointError, ConfigError
+from mllm_protector_guard.models.backbone import (
+    load_model,
+    load_tokenizer,
+    max_tokens,
+    require_pad_token,
+    resolve_base,
+    tokenizer_home,
+    with_adapter,
+)
 from mllm_protector_guard.models.checkpoint import BaseReference, DetoxifierConfig
 from mllm_protector_guard.models.placement import Placement
-from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, shorten, template
+from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, shorten_question, template
 from mllm_protector_guard.types import Turn
 
 __all__ = ["LoadedDetoxifier", "TransformersDetoxifier", "load_causal_lm"]
@@ -84,7 +92,7 @@ class TransformersDetoxifier:
             CheckpointError: The model cannot be loaded.
         """
         loaded = self._ready()
-        prompts = [self._prompt(turn, loaded.tokenizer) for turn in turns]
+        prompts = [self._prompt(turn, loaded) for turn in turns]
         rewrites = [""] * len(turns)
         for batch in self._batches(prompts):
             for index, text in zip(batch, self._generate(loaded, [prompts[i] for i in batch], attempt), strict=True):
@@ -94,20 +102,26 @@ class TransformersDetoxifier:
     def _ready(self) -> LoadedDetoxifier:
         with self._lock:
             if self._loaded is None:
-                self._loaded = self._load()
+                loaded = self._load()
+                end = self._template.end_of_turn
+                if end is not None and end not in loaded.tokenizer.get_vocab():
+                    raise ConfigError(
+                        f"template {self.config.template!r} ends a rewrite with {end!r}, which the tokenizer of "
+                        f"{self.config.base.name!r} does not have; use template='protector' or a model trained with it"
+                    )
+                self._loaded = loaded
             return self._loaded
 
-    def _prompt(self, turn: Turn, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of the prompt; none if the harmful answer is longer than `max_answer_tokens`."""
-        encoded = encode(turn, self._template, tokenizer)
-        if len(encoded.answer) > self.config.max_answer_tokens:
-            logger.warning(
-                "an answer of %d tokens is not rewritten; max_answer_tokens is %d",
-                len(encoded.answer),
-                self.config.max_answer_tokens,
-            )
+    def _prompt(self, turn: Turn, loaded: LoadedDetoxifier) -> list[int]:
+        """Token ids of the prompt; none if the harmful answer is too long to be read whole and rewritten."""
+        encoded = encode(turn, self._template, loaded.tokenizer)
+        prefix = shorten_question(encoded.prefix, self.config.max_question_tokens)
+        room = max_tokens(loaded.model) - len(prefix) - len(encoded.suffix) - self.config.max_new_tokens
+        limit = min(self.config.max_answer_tokens, room)
+        if len(encoded.answer) > limit:
+            logger.warning("an answer of %d tokens is not rewritten; at most %d are", len(encoded.answer), limit)
             return []
-        return [*shorten(encoded.prefix, self.config.max_question_tokens), *encoded.answer, *encoded.suffix]
+        return [*prefix, *encoded.answer, *encoded.suffix]
 
     def _batches(self, prompts: list[list[int]]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -132,10 +146,10 @@ class TransformersDetoxifier:
             **(self._sampling if attempt else {"do_sample": False}),
         )
         input_ids, attention_mask = _left_padded(prompts, tokenizer.pad_token_id, model.device)
-        with _GENERATOR_LOCK, torch.random.fork_rng(devices=_cuda_devices(model.device)):
+        with _GENERATOR_LOCK, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed + attempt)
-            output = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, use_model_defaults=False
+            output = model.generate(  # type: ignore[operator]
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=settings
             )
         return [_finished_text(row, stops, tokenizer) for row in output[:, input_ids.shape[1] :].tolist()]
 
@@ -155,22 +169,17 @@ def _left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.devi
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
-
-
 def _finished_text(row: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text before the first stop token; "" if there is none, for then the text broke off."""
     end = next((i for i, token in enumerate(row) if token in stops), None)
     if end is None:
         logger.warning("a rewrite had not ended after %d tokens and is discarded", len(row))
         return ""
-    text: str = tokenizer.decode(row[:end], skip_special_tokens=True)
-    return text.strip()
+    return str(tokenizer.decode(row[:end], skip_special_tokens=True)).strip()
 
 
 def load_causal_lm(
-    folder: Path | None,
+    folder: Path,
     base: BaseReference | None,
     placement: Placement,
     *,
@@ -182,11 +191,17 @@ def load_causal_lm(
         CheckpointError: A part is missing, damaged, or does not fit.
     """
     root = folder if base is None else resolve_base(base, local_files_only=local_files_only)
-    assert root is not None  # one of the two is given
-    tokenizer = load_tokenizer(root, padding_side="left")
+    tokenizer = load_tokenizer(root if base is None else tokenizer_home(folder, root), padding_side="left")
     model, missing = load_model(AutoModelForCausalLM, root, placement)
     if missing:
-        raise CheckpointError(f"{str(root)!r} lacks {len(missing)} weights of a causal language model", source=root)
-    if base is not None and folder is not None:
+        raise CheckpointError(
+            f"{str(root)!r} lacks {len(missing)} weights of a causal language model. "
+            "Give a checkpoint that was trained as one; a classifier is for load_detector.",
+            source=root,
+        )
+    if base is not None:
         model = with_adapter(model, folder, merge=placement.quantization is None)
+    require_pad_token(tokenizer, model)
+    # Of the checkpoint's own ways to generate, only its end counts: `generate` would take over the others unasked.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return LoadedDetoxifier(tokenizer=tokenizer, model=model)

@@ -6,6 +6,7 @@ spelled-out special tokens have no power. What leaves the guard is always the or
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,8 +26,12 @@ __all__ = [
     "encode",
     "legible",
     "shorten",
+    "shorten_question",
+    "special_tokens",
     "template",
 ]
+
+logger = logging.getLogger(__name__)
 
 _KEPT_CONTROLS = frozenset("\n\t\r")
 
@@ -81,7 +86,9 @@ DETECTOR_TEMPLATES = {
 }
 
 # Shares its beginning with the detector's "chatml", so that one prefix cache can serve both models.
-_CHATML_REWRITE = "<|im_start|>user\nWrite a harmless answer in place of the one above.<|im_end|>\n<|im_start|>assistant\n"
+_CHATML_REWRITE = (
+    "<|im_start|>user\nWrite a harmless answer in place of the one above.<|im_end|>\n<|im_start|>assistant\n"
+)
 
 DETOXIFIER_TEMPLATES = {
     "chatml": PromptTemplate(
@@ -132,6 +139,12 @@ def legible(text: str, special_tokens: Iterable[str] = ()) -> str:
     return text
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The texts that the tokenizer reads as one special token wherever they stand."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
 class _View(dict[int, str]):
     """A translation table that works out a character when it first meets it."""
 
@@ -162,7 +175,7 @@ def encode(turn: Turn, pattern: PromptTemplate, tokenizer: PreTrainedTokenizerBa
         pattern: The prompt.
         tokenizer: A fast one, for it must tell where its tokens stand in the text.
     """
-    special = tokenizer.all_special_tokens
+    special = special_tokens(tokenizer)
     question = None if turn.question is None else legible(turn.question, special)
     answer = legible(turn.answer, special)
     text, start, end = pattern.fill(question, answer)
@@ -171,11 +184,16 @@ def encode(turn: Turn, pattern: PromptTemplate, tokenizer: PreTrainedTokenizerBa
     inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and start < last > first]
     if not inside or not answer.strip():
         return EncodedTurn(prefix=ids, answer=[], suffix=[])
-    return EncodedTurn(
-        prefix=ids[: inside[0]], answer=ids[inside[0] : inside[-1] + 1], suffix=ids[inside[-1] + 1 :]
-    )
+    return EncodedTurn(prefix=ids[: inside[0]], answer=ids[inside[0] : inside[-1] + 1], suffix=ids[inside[-1] + 1 :])
 
 
 def shorten(ids: list[int], limit: int) -> list[int]:
     """The ids without their middle, if there are more than `limit`."""
     return ids if len(ids) <= limit else [*ids[: limit - limit // 2], *ids[len(ids) - limit // 2 :]]
+
+
+def shorten_question(ids: list[int], limit: int) -> list[int]:
+    """`shorten` for what stands before an answer; says in the log if it took something away."""
+    if len(ids) > limit:
+        logger.warning("a question of %d tokens is read without its middle; at most %d are read", len(ids), limit)
+    return shorten(ids, limit)

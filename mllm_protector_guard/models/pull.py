@@ -25,6 +25,7 @@ from mllm_protector_guard.models import catalog
 from mllm_protector_guard.models.catalog import DEFAULT_MODEL, CatalogEntry
 from mllm_protector_guard.models.fetch import Source, fetch
 from mllm_protector_guard.models.gguf import CONVERTER, convert
+from mllm_protector_guard.models.offline import offline
 
 __all__ = [
     "PulledBase",
@@ -133,7 +134,7 @@ def ensure_base(name: str = DEFAULT_MODEL, *, local_files_only: bool | None = No
     folder = base_folder(name)
     if is_pulled(name):
         return folder
-    if local_files_only or os.environ.get("MLLM_PROTECTOR_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if offline(local_files_only):
         raise CheckpointError(
             f"the base model of {name!r} is not in {str(folder)!r}, and local_files_only or MLLM_PROTECTOR_OFFLINE "
             f"forbids a download. Run once: mllm-protector pull {name}",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 
 from mllm_protector_guard.errors import ConfigError
 
 __all__ = ["choose_threshold", "fit_temperature"]
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -20,8 +25,6 @@ def fit_temperature(logits: Floats, harmful: Bools) -> float:
         logits: float [rows].
         harmful: bool [rows].
     """
-    from scipy.optimize import minimize_scalar
-
     signs = np.where(harmful, 1.0, -1.0)
 
     def negative_log_likelihood(log_temperature: float) -> float:
@@ -39,14 +42,20 @@ def choose_threshold(scores: Floats, harmful: Bools, benign_scores: Floats, max_
         benign_scores: P(harmful), float [benign rows], of harmless answers; may be empty.
         max_fpr: Share in (0, 1).
 
+    Returns:
+        A number in (0, 1).
+
     Raises:
         ConfigError: No row is harmful, so that F1 has no meaning.
     """
     if not harmful.any():
         raise ConfigError("the threshold cannot be chosen: no harmful row among the calibration rows")
     lowest = float(np.quantile(benign_scores, 1.0 - max_fpr, method="higher")) if benign_scores.size else 0.0
-    candidates = np.unique(np.clip(np.append(scores, lowest + 1e-6), 1e-6, 1.0 - 1e-6))
-    candidates = candidates[candidates > lowest]
+    highest = float(np.nextafter(1.0, 0.0))
+    if lowest >= highest:
+        logger.warning("the benign answers score 1: no threshold keeps their false positive rate at %g", max_fpr)
+        return highest
+    candidates = np.unique(np.clip(np.append(scores, lowest), np.nextafter(lowest, 1.0), highest))
     flagged = scores[None, :] >= candidates[:, None]
     true_positives = (flagged & harmful).sum(axis=1)
     f1 = 2.0 * true_positives / (flagged.sum(axis=1) + harmful.sum())

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModel, set_seed
 
 from mllm_protector_guard.errors import ConfigError
-from mllm_protector_guard.models import load_detector
-from mllm_protector_guard.models.backbone import load_model, load_tokenizer, resolve_base
-from mllm_protector_guard.models.checkpoint import CONFIG_FILE, HEAD_FILE, DetectorConfig, write_config
-from mllm_protector_guard.models.detector import PooledClassifier, pad
+from mllm_protector_guard.models.backbone import load_tokenizer, resolve_base
+from mllm_protector_guard.models.checkpoint import HEAD_FILE, DetectorConfig
+from mllm_protector_guard.models.detector import PooledClassifier, TransformersDetector, load_pooled, pad
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, shorten, template
 from mllm_protector_guard.training.calibrate import choose_threshold, fit_temperature
 from mllm_protector_guard.training.config import DetectorRecipe
 from mllm_protector_guard.training.rows import AnswerRow, choose, read_training_rows
-from mllm_protector_guard.training.trainer import add_lora, fit
+from mllm_protector_guard.training.trainer import add_lora, finish, fit, is_done, load_whole, save_adapter
 from mllm_protector_guard.types import Turn
 
 __all__ = ["train_detector"]
@@ -50,7 +49,7 @@ def train_detector(
         train: Files of `{"question", "answer", "harmful", "source"}` rows.
         dev: The same, for temperature and threshold; never trained on.
         output: The checkpoint folder; unfinished work is kept in `output/run`.
-        resume: Go on with an unfinished run.
+        resume: Go on with an unfinished run; a finished one stays as it is.
         local_files_only: Fetch no base model.
 
     Returns:
@@ -58,15 +57,15 @@ def train_detector(
 
     Raises:
         DataError: A row does not fit.
-        ConfigError: The recipe contradicts the base model, or the folder is taken.
+        ConfigError: The recipe contradicts the base model or the rows, or the folder is taken.
         CheckpointError: The base model cannot be loaded.
     """
     folder = Path(output)
-    if (folder / CONFIG_FILE).exists() and not resume:
-        raise ConfigError(f"{str(folder)!r} already holds a checkpoint; choose another output")
+    if is_done(folder, resume=resume):
+        return folder
     set_seed(recipe.seed)
     rows = choose(read_training_rows(train, AnswerRow), recipe.sources, recipe.other_sources, recipe.seed)
-    dev_rows = read_training_rows(dev, AnswerRow)
+    dev_rows = _calibration_rows(read_training_rows(dev, AnswerRow), recipe)
     base = resolve_base(recipe.base, local_files_only=local_files_only)
     tokenizer = load_tokenizer(base, padding_side="right")
     config = DetectorConfig(
@@ -78,17 +77,17 @@ def train_detector(
         licence=recipe.licence,
     )
     options = {} if recipe.layers is None else {"num_hidden_layers": recipe.layers}
-    backbone, _ = load_model(AutoModel, base, Placement(dtype="float32"), **options)
+    backbone = load_whole(AutoModel, base, **options)
     adapted = add_lora(backbone, recipe, recipe.base.name)
     classifier = PooledClassifier(adapted, hidden_size=backbone.config.hidden_size, pooling=recipe.pooling)
     encoded = _encode(rows, recipe, tokenizer)
     model = _WithLoss(classifier, recipe.label_smoothing).train()
-    fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder / "run", resume=resume)
-    adapted.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)
-    save_file({name: w.detach().cpu().contiguous() for name, w in classifier.head.state_dict().items()}, folder / HEAD_FILE)
-    write_config(folder, config)
-    write_config(folder, _calibrate(folder, config, recipe, dev_rows))
+    fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)
+    save_adapter(adapted, folder)
+    save_file(
+        {name: w.detach().cpu().contiguous() for name, w in classifier.head.state_dict().items()}, folder / HEAD_FILE
+    )
+    finish(folder, _calibrate(folder, config, recipe, dev_rows, local_files_only))
     return folder
 
 
@@ -109,12 +108,10 @@ class _WithLoss(nn.Module):
         return {"loss": (losses * weights).sum() / weights.sum(), "logits": logits}
 
 
-def _encode(
-    rows: Sequence[tuple[AnswerRow, float]], recipe: DetectorRecipe, tokenizer: Any
-) -> list[dict[str, Any]]:
+def _encode(rows: Sequence[tuple[AnswerRow, float]], recipe: DetectorRecipe, tokenizer: Any) -> list[dict[str, Any]]:
     pattern = template(recipe.template, DETECTOR_TEMPLATES)
     rng = random.Random(recipe.seed)  # noqa: S311
-    encoded = []
+    encoded: list[dict[str, Any]] = []
     for row, weight in rows:
         question = None if rng.random() < recipe.question_dropout else row.question
         turn = encode(Turn(question=question, answer=row.answer), pattern, tokenizer)
@@ -139,13 +136,33 @@ def _collate(batch: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor
     }
 
 
-def _calibrate(
-    folder: Path, config: DetectorConfig, recipe: DetectorRecipe, dev_rows: Sequence[AnswerRow]
-) -> DetectorConfig:
-    """The config with temperature and threshold from the dev rows, scored as in use."""
+def _calibration_rows(dev_rows: Sequence[AnswerRow], recipe: DetectorRecipe) -> list[AnswerRow]:
+    """The rows that set temperature and threshold; refused before the training if they cannot."""
     rng = random.Random(recipe.seed)  # noqa: S311
     rows = rng.sample(list(dev_rows), min(recipe.calibration_rows, len(dev_rows)))
-    detector = load_detector(str(folder), device="auto")
+    if not any(row.harmful and _counts(row, recipe) for row in rows):
+        raise ConfigError(
+            f"the threshold cannot be chosen: no harmful row of {list(recipe.metric_sources) or 'any source'} among "
+            f"{len(rows)} calibration rows; give other dev files or change metric_sources"
+        )
+    return rows
+
+
+def _counts(row: AnswerRow, recipe: DetectorRecipe) -> bool:
+    return not recipe.metric_sources or row.source in recipe.metric_sources
+
+
+def _calibrate(
+    folder: Path,
+    config: DetectorConfig,
+    recipe: DetectorRecipe,
+    rows: Sequence[AnswerRow],
+    local_files_only: bool | None,
+) -> DetectorConfig:
+    """The config with temperature and threshold from the rows, scored as in use."""
+    detector = TransformersDetector(
+        config, lambda: load_pooled(folder, config, Placement(), local_files_only=local_files_only)
+    )
     scores = np.array(detector.score([Turn(question=row.question, answer=row.answer) for row in rows]))
     harmful = np.array([bool(row.harmful) for row in rows])
     clipped = np.clip(scores, 1e-7, 1.0 - 1e-7)
@@ -154,7 +171,7 @@ def _calibrate(
     calibrated = 1.0 / (1.0 + np.exp(-logits / temperature))
     with_harm = {row.source for row in rows if row.harmful}
     benign = np.array([row.source not in with_harm for row in rows])
-    counted = np.array([not recipe.metric_sources or row.source in recipe.metric_sources for row in rows]) & ~benign
+    counted = np.array([_counts(row, recipe) for row in rows]) & ~benign
     threshold = choose_threshold(calibrated[counted], harmful[counted], calibrated[benign], recipe.max_fpr)
     logger.info("temperature %.3f, threshold %.4f, from %d rows", temperature, threshold, len(rows))
-    return config.model_copy(update={"temperature": round(temperature, 4), "threshold": round(threshold, 4)})
+    return config.model_copy(update={"temperature": temperature, "threshold": threshold})

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from mllm_protector_guard.errors import ConfigError
-from mllm_protector_guard.models.backbone import load_model, load_tokenizer, resolve_base
-from mllm_protector_guard.models.checkpoint import CONFIG_FILE, DetoxifierConfig, write_config
+from mllm_protector_guard.models.backbone import load_tokenizer, resolve_base
+from mllm_protector_guard.models.checkpoint import DetoxifierConfig
 from mllm_protector_guard.models.detector import pad
-from mllm_protector_guard.models.placement import Placement
-from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, legible, shorten, template
+from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, legible, shorten, special_tokens, template
 from mllm_protector_guard.training.config import DetoxifierRecipe
 from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, read_training_rows
-from mllm_protector_guard.training.trainer import add_lora, fit
+from mllm_protector_guard.training.trainer import add_lora, finish, fit, is_done, load_whole, save_adapter
 from mllm_protector_guard.types import Turn
 
 __all__ = ["train_detoxifier"]
@@ -47,7 +46,7 @@ def train_detoxifier(
         train: Files of `{"question", "rejected", "accepted", "source"}` rows.
         harmless: Files of `{"question", "answer", "harmful"}` rows for the recipe's `identity_rows`.
         output: The checkpoint folder; unfinished work is kept in `output/run`.
-        resume: Go on with an unfinished run.
+        resume: Go on with an unfinished run; a finished one stays as it is.
         local_files_only: Fetch no base model.
 
     Returns:
@@ -59,8 +58,8 @@ def train_detoxifier(
         CheckpointError: The base model cannot be loaded.
     """
     folder = Path(output)
-    if (folder / CONFIG_FILE).exists():
-        raise ConfigError(f"{str(folder)!r} already holds a checkpoint; choose another output")
+    if is_done(folder, resume=resume):
+        return folder
     if recipe.identity_rows and not harmless:
         raise ConfigError("the recipe asks for identity_rows; give files of harmless answers")
     set_seed(recipe.seed)
@@ -74,14 +73,12 @@ def train_detoxifier(
         revision=recipe.revision,
         licence=recipe.licence,
     )
-    causal_lm, _ = load_model(AutoModelForCausalLM, base, Placement(dtype="float32"))
-    adapted = add_lora(causal_lm, recipe, recipe.base.name)
+    adapted = add_lora(load_whole(AutoModelForCausalLM, base), recipe, recipe.base.name)
     encoded = _encode(rows, recipe, tokenizer)
     model = _TargetLoss(adapted).train()
-    fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder / "run", resume=resume)
-    adapted.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)
-    write_config(folder, config)
+    fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)
+    save_adapter(adapted, folder)
+    finish(folder, config)
     return folder
 
 
@@ -117,15 +114,16 @@ def _identity_rows(paths: Sequence[str | Path], recipe: DetoxifierRecipe) -> lis
     ]
 
 
-def _encode(
-    rows: Sequence[tuple[RewriteRow, float]], recipe: DetoxifierRecipe, tokenizer: Any
-) -> list[dict[str, Any]]:
+def _encode(rows: Sequence[tuple[RewriteRow, float]], recipe: DetoxifierRecipe, tokenizer: Any) -> list[dict[str, Any]]:
     pattern = template(recipe.template, DETOXIFIER_TEMPLATES)
     rng = random.Random(recipe.seed)  # noqa: S311
-    encoded = []
+    special = special_tokens(tokenizer)
+    encoded: list[dict[str, Any]] = []
     for row, weight in rows:
-        accepted = legible(row.accepted.strip(), tokenizer.all_special_tokens)
-        target = tokenizer(accepted + (pattern.end_of_turn or tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+        accepted = legible(row.accepted.strip(), special)
+        target = tokenizer(accepted + (pattern.end_of_turn or tokenizer.eos_token), add_special_tokens=False)[
+            "input_ids"
+        ]
         question = None if rng.random() < recipe.question_dropout else row.question
         turn = encode(Turn(question=question, answer=row.rejected), pattern, tokenizer)
         copied_in_part = row.source == _IDENTITY and len(turn.answer) > recipe.max_answer_tokens

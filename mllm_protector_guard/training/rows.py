@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from mllm_protector_guard.errors import DataError
-from mllm_protector_guard.jsonl import read_rows, validate_row
+from mllm_protector_guard.errors import ConfigError, DataError
+from mllm_protector_guard.jsonl import AnyText, read_rows, validate_row
 from mllm_protector_guard.training.config import SourceRecipe
 
 __all__ = ["AnswerRow", "RewriteRow", "choose", "read_training_rows"]
@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    question: str | None = None
+    question: AnyText | None = None
     source: str = "unknown"
     extra: dict[str, Any] = {}
+    file: str = ""
 
     @property
     def group(self) -> str:
@@ -37,15 +38,15 @@ class _Row(BaseModel):
 class AnswerRow(_Row):
     """A labelled answer; `harmful` is about the answer, given the question."""
 
-    answer: str
+    answer: AnyText
     harmful: bool | None
 
 
 class RewriteRow(_Row):
     """A harmful answer and a harmless one to the same question."""
 
-    rejected: str
-    accepted: str
+    rejected: AnyText
+    accepted: AnyText
 
 
 R = TypeVar("R", AnswerRow, RewriteRow)
@@ -59,7 +60,10 @@ def read_training_rows(paths: Iterable[str | Path], model: type[R]) -> list[R]:
     """
     rows: list[R] = []
     for path in paths:
-        found = [validate_row(model, fields, path=path, line=line) for line, fields in read_rows(path)]
+        file = Path(path).name.partition(".")[0]
+        found = [
+            validate_row(model, {**fields, "file": file}, path=path, line=line) for line, fields in read_rows(path)
+        ]
         usable = [row for row in found if not (isinstance(row, AnswerRow) and row.harmful is None)]
         if not usable:
             raise DataError("no usable row; each needs the fields of the format and a label", path=path)
@@ -72,17 +76,24 @@ def read_training_rows(paths: Iterable[str | Path], model: type[R]) -> list[R]:
 def choose(
     rows: Sequence[R], sources: dict[str, SourceRecipe], other: SourceRecipe, seed: int
 ) -> list[tuple[R, float]]:
-    """The rows to train on with their loss weights, repeated as the recipe says, in random order."""
+    """The rows to train on with their loss weights, repeated as the recipe says, in random order.
+
+    Raises:
+        ConfigError: The recipe takes none of the rows.
+    """
     rng = random.Random(seed)  # noqa: S311
     groups: dict[str, list[R]] = {}
     for row in rows:
-        groups.setdefault(row.group, []).append(row)
+        named = f"file:{row.file}"
+        groups.setdefault(named if named in sources else row.group, []).append(row)
     chosen: list[tuple[R, float]] = []
     for group, members in sorted(groups.items()):
         use = sources.get(group) or sources.get(group.partition(":")[0]) or other
         drawn = members if use.rows is None else rng.sample(members, min(use.rows, len(members)))
         chosen += [(row, use.weight) for row in drawn for _ in range(use.repeat)]
+    if not chosen:
+        raise ConfigError(f"the recipe takes no row of these sources: {sorted(groups)}; change its sources")
     rng.shuffle(chosen)
-    counts = Counter(row.group for row, _ in chosen)
+    counts = Counter(f"{row.file} {row.group}" for row, _ in chosen)
     logger.info("training rows by source: %s", dict(counts.most_common()))
     return chosen

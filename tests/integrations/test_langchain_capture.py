@@ -7,7 +7,6 @@ import threading
 from uuid import uuid4
 
 import pytest
-from integrations.langchain_models import EchoModel, asked, keyword_guard
 from langchain_core.caches import InMemoryCache
 from langchain_core.language_models import FakeListChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
@@ -15,6 +14,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel, RunnablePassthrough
 
+from integrations.langchain_models import EchoModel, asked, keyword_guard
 from langchain_mllm_protector import ProtectorGuard, capture
 from mllm_protector_guard import ImageInput
 

@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from integrations.langchain_models import SAFE, EchoModel, asked, keyword_guard
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
 
+from integrations.langchain_models import SAFE, EchoModel, asked, keyword_guard
 from langchain_mllm_protector import ProtectorGuard
 from mllm_protector_guard import (
     DEFAULT_REFUSAL,

@@ -4,9 +4,9 @@ import base64
 import json
 
 import pytest
-from integrations.langchain_models import SAFE, asked, keyword_guard
 from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
+from integrations.langchain_models import SAFE, asked, keyword_guard
 from langchain_mllm_protector.messages import MAX_IMAGE_BYTES, merge_stream, question_of
 from mllm_protector_guard import ImageInput
 

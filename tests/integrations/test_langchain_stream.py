@@ -3,12 +3,12 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from integrations.langchain_models import SAFE, DiaryDetector, EchoModel, asked, keyword_guard
 from langchain_core.language_models import FakeListChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableGenerator, RunnablePassthrough
 
+from integrations.langchain_models import SAFE, DiaryDetector, EchoModel, asked, keyword_guard
 from mllm_protector_guard import DEFAULT_REFUSAL
 
 HAS_POSITION = "chunk_position" in AIMessageChunk.model_fields

@@ -7,12 +7,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from integrations.langchain_models import SAFE, EchoModel, keyword_guard
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.messages import AIMessage
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 
+from integrations.langchain_models import SAFE, EchoModel, keyword_guard
 from langchain_mllm_protector import ProtectorCallbackHandler, ProtectorGuard
 from mllm_protector_guard import Guard, GuardPolicy, GuardRecord, HarmfulAnswerError, JsonlSink
 from mllm_protector_guard.fakes import KeywordDetector, ScriptedDetoxifier

@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from models.tiny_gguf import CHAT_TEMPLATE, make_entry, write_tiny_gguf, write_wheel
 
 from mllm_protector_guard import CheckpointError, ConfigError
 from mllm_protector_guard.models import catalog
@@ -32,6 +31,7 @@ from mllm_protector_guard.models.pull import (
     pull_entry,
     read_source,
 )
+from models.tiny_gguf import CHAT_TEMPLATE, make_entry, write_tiny_gguf, write_wheel
 
 # A pull in a process of its own: GGUF, folder, source, then Python that may replace `converter` and `python`.
 SCRIPT = """

@@ -153,7 +153,9 @@ def test_a_row_that_cannot_be_scored_says_so_and_its_neighbours_do_not_suffer() 
         "harmful": None,
         "error": "DetectorError",
     }
+    assert "line 2: DetectorError: Shaky failed with RuntimeError" in result.stderr
     assert "1 failed" in result.stderr
+    assert SECRET not in result.stderr
     assert "a stray line" in result.stderr
 
 
@@ -174,6 +176,7 @@ def test_rewrite_says_where_no_text_could_be_written() -> None:
     failed = run("rewrite", "--detoxifier", "unit.cli_fakes:ShakyDetoxifier", stdin=content)
     assert failed.exit_code == 1
     assert [row["text"] for row in rows_of(failed)] == ["nicer than a", None]
+    assert "line 2: DetoxifierError: ShakyDetoxifier failed with RuntimeError" in failed.stderr
 
 
 def test_check_gives_the_verdict(source: Path) -> None:

@@ -1,0 +1,84 @@
+"""Every cookbook notebook runs from top to bottom and ends with the result it promises."""
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+
+COOKBOOK = Path(__file__).parents[2] / "cookbook"
+NOTEBOOKS = sorted(COOKBOOK.glob("*.ipynb"))
+
+
+def last_table(notebook: nbformat.NotebookNode) -> list[list[str]]:
+    """The cells of the Markdown table that the last cell shows, header first."""
+    [output] = notebook.cells[-1].outputs
+    lines = output.data["text/markdown"].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
+
+
+def check_quickstart(notebook: nbformat.NotebookNode) -> None:
+    header, *rows = last_table(notebook)
+    assert header == ["question", "outcome", "harm", "after", "what came out"]
+    assert len(rows) == 5
+    for _, outcome, harm, after, text in rows:
+        assert outcome in ("passed", "detoxified", "withheld")
+        assert re.fullmatch(r"[01]\.\d\d", harm)
+        assert bool(after) == (outcome != "passed")
+        assert text
+    assert rows[0][1] == "passed"
+
+
+async def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Runs all cells in `folder` with the interpreter of this test, over sockets that are files."""
+    with TemporaryDirectory() as sockets:  # a short path: names of such sockets have at most about 100 characters
+        manager = AsyncKernelManager(
+            kernel_name="python3",
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+            transport="ipc",
+            ip=f"{sockets}/kernel",
+        )
+        place = {"metadata": {"path": str(folder)}}
+        client = NotebookClient(notebook, km=manager, startup_timeout=120, timeout=240, resources=place)
+        await client.async_execute(cleanup_kc=True)
+
+
+CHECKS = {"01_quickstart": check_quickstart}
+
+
+def test_every_notebook_has_a_check():
+    assert {path.stem for path in NOTEBOOKS} == set(CHECKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_notebook_shows_its_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+    assert not re.search(r"/home/|/root/|/Users/|/tmp/", path.read_text(encoding="utf-8"))
+    CHECKS[path.stem](notebook)
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+async def test_notebook_runs(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    await execute(notebook, tmp_path)
+    streams = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
+    ]
+    assert streams == []
+    CHECKS[path.stem](notebook)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,109 @@
+"""Training of detoxifiers on tiny models."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from mllm_protector_guard import ConfigError, DataError, Turn, load_detoxifier
+from mllm_protector_guard.training import train_detoxifier
+from mllm_protector_guard.training.detoxifier import _collate, _encode, _TargetLoss
+from mllm_protector_guard.training.rows import RewriteRow
+from mllm_protector_guard.training.trainer import add_lora
+from models.tiny import chat_tokenizer
+from training.tiny_runs import answer_rows, detoxifier_recipe, write_rows
+
+PAIRS = [
+    {"question": "How do I get even?", "rejected": "Take the knife.", "accepted": "Bake bread."},
+    {"question": "What is it?", "rejected": "You are worthless.", "accepted": "A cat."},
+]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_rows(tmp_path / "pairs.jsonl", PAIRS)
+
+
+class TestLearning:
+    def test_it_reproduces_what_it_was_shown(self, base, pairs, tmp_path):
+        folder = train_detoxifier(detoxifier_recipe(base), train=[pairs], output=tmp_path / "out")
+        detoxifier = load_detoxifier(folder, device="cpu", max_new_tokens=16)
+        turns = [Turn(question=row["question"], answer=row["rejected"]) for row in PAIRS]
+        assert detoxifier.rewrite(turns) == [row["accepted"] for row in PAIRS]
+        assert {path.name for path in folder.iterdir()} == {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "guard.json",
+        }
+        with pytest.raises(ConfigError, match="already holds a checkpoint"):
+            train_detoxifier(detoxifier_recipe(base), train=[pairs], output=folder)
+
+    def test_harmless_answers_can_be_trained_to_come_back(self, base, pairs, tmp_path, caplog):
+        harmless = write_rows(tmp_path / "harmless.jsonl", answer_rows(10, seed=1))
+        recipe = detoxifier_recipe(base, identity_rows=3, epochs=1)
+        with caplog.at_level("INFO"):
+            train_detoxifier(recipe, train=[pairs], harmless=[harmless], output=tmp_path / "out")
+        assert "5 rows" in caplog.text
+
+
+class TestLoss:
+    @pytest.fixture
+    def recipe(self, base):
+        return detoxifier_recipe(base)
+
+    @pytest.fixture
+    def encoded(self, recipe):
+        rows = [(RewriteRow(**row), 1.0) for row in PAIRS]
+        return _encode(rows, recipe, chat_tokenizer())
+
+    def test_only_the_rewrite_has_labels(self, encoded):
+        tokenizer = chat_tokenizer()
+        for row, pair in zip(encoded, PAIRS, strict=True):
+            target = [label for label in row["labels"] if label != -100]
+            assert tokenizer.decode(target) == pair["accepted"] + "<|im_end|>"
+            assert row["input_ids"][-len(target) :] == target
+            prompt = tokenizer.decode(row["input_ids"][: -len(target)])
+            assert pair["question"] in prompt
+            assert pair["rejected"] in prompt
+
+    def test_it_is_the_loss_of_transformers_on_the_masked_labels(self, base, recipe, encoded):
+        model = LlamaForCausalLM.from_pretrained(base)
+        batch = _collate(encoded, 0)
+        with torch.no_grad():
+            expected = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+            ).loss
+            loss = _TargetLoss(add_lora(model, recipe, "base"))(**batch)["loss"]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_the_weight_of_a_row_is_that_of_its_tokens(self, base, recipe, encoded):
+        model = _TargetLoss(add_lora(LlamaForCausalLM.from_pretrained(base), recipe, "base"))
+        only_first = [encoded[0], {**encoded[1], "weight": 1e-9}]
+        with torch.no_grad():
+            alone = model(**_collate(encoded[:1], 0))["loss"].item()
+            assert model(**_collate(only_first, 0))["loss"].item() == pytest.approx(alone, rel=1e-4)
+
+    def test_rows_that_are_too_long_or_blank_are_left_out(self, recipe):
+        rows = [
+            RewriteRow(rejected="bad", accepted="  "),
+            RewriteRow(rejected="\u200b", accepted="fine"),
+            RewriteRow(rejected="bad", accepted="word " * 999),
+            RewriteRow(rejected="word " * 999, accepted="word", source="identity"),
+            RewriteRow(rejected="bad", accepted="fine"),
+        ]
+        assert len(_encode([(row, 1.0) for row in rows], recipe, chat_tokenizer())) == 1
+
+
+class TestRefusals:
+    def test_identity_rows_need_files(self, base, pairs, tmp_path):
+        with pytest.raises(ConfigError, match="identity_rows"):
+            train_detoxifier(detoxifier_recipe(base, identity_rows=3), train=[pairs], output=tmp_path / "out")
+
+    def test_rows_must_fit(self, base, tmp_path):
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps({"question": "planted", "rejected": "planted"}) + "\n")
+        with pytest.raises(DataError, match="accepted") as caught:
+            train_detoxifier(detoxifier_recipe(base), train=[bad], output=tmp_path / "out")
+        assert caught.value.line == 2
+        assert "planted" not in str(caught.value)
