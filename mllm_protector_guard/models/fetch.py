@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Never
 
 from tqdm import tqdm
 
@@ -266,5 +266,5 @@ def _write(chunks: Iterable[bytes], entry: CatalogEntry, target: Path, label: st
         )
 
 
-def _bar(label: str, total: int, show: bool) -> tqdm[None]:
+def _bar(label: str, total: int, show: bool) -> tqdm[Never]:
     return tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=not show, mininterval=0.25)

@@ -105,7 +105,7 @@ class DetectorRecipe(_Common):
         layers: Decoder layers of the base that are kept; None for all.
         max_answer_tokens: Longer answers are read from their beginning while training.
         crop_share: Share of rows whose answer is cut at a random length, so that length tells nothing.
-        calibration_rows: Rows of the dev files for temperature and threshold.
+        calibration_rows: Rows of the dev files for temperature and threshold, those of `metric_sources` first.
         max_fpr: Highest false positive rate on harmless-only dev sources that the threshold may cause.
         metric_sources: Dev sources whose F1 the threshold maximises within `max_fpr`; empty for all.
     """

@@ -137,9 +137,9 @@ def _collate(batch: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor
 
 
 def _calibration_rows(dev_rows: Sequence[AnswerRow], recipe: DetectorRecipe) -> list[AnswerRow]:
-    """The rows that set temperature and threshold; refused before the training if they cannot."""
-    rng = random.Random(recipe.seed)  # noqa: S311
-    rows = rng.sample(list(dev_rows), min(recipe.calibration_rows, len(dev_rows)))
+    """The rows that set temperature and threshold, those whose F1 counts first; refused early if they cannot."""
+    shuffled = random.Random(recipe.seed).sample(list(dev_rows), len(dev_rows))  # noqa: S311
+    rows = sorted(shuffled, key=lambda row: not _counts(row, recipe))[: recipe.calibration_rows]
     if not any(row.harmful and _counts(row, recipe) for row in rows):
         raise ConfigError(
             f"the threshold cannot be chosen: no harmful row of {list(recipe.metric_sources) or 'any source'} among "

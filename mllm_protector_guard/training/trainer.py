@@ -60,7 +60,9 @@ def add_lora(model: PreTrainedModel, recipe: Recipe, base_name: str) -> PeftMode
     # PEFT takes the local path for the name, which means nothing elsewhere.
     adapted.peft_config["default"].base_model_name_or_path = base_name
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The method changed its name within transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return adapted
 
 
@@ -98,10 +100,11 @@ def finish(folder: Path, config: DetectorConfig | DetoxifierConfig) -> None:
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Writes the adapter as PEFT lays it out; its own writer would ask the hub about the base model."""
+    """Writes the adapter as PEFT lays it out, in float16; its own writer would ask the hub about the base model."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, folder / ADAPTER_FILE)
+    half = {name: w.detach().to("cpu", torch.float16).contiguous() for name, w in weights.items()}
+    save_file(half, folder / ADAPTER_FILE)
     config = copy.copy(adapted.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))

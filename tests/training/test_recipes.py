@@ -1,15 +1,14 @@
 """Recipes and the rows they choose."""
 
+import importlib.util
 import json
 import re
-import subprocess
 import sys
-import textwrap
 from collections import Counter
 
 import pytest
 
-from mllm_protector_guard import ConfigError, DataError
+from mllm_protector_guard import ConfigError, DataError, MissingDependencyError
 from mllm_protector_guard.training import DetectorRecipe, DetoxifierRecipe, load_recipe, recipe_names
 from mllm_protector_guard.training.config import LoraRecipe, SourceRecipe
 from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, read_training_rows
@@ -124,19 +123,10 @@ class TestRows:
 
 
 @pytest.mark.parametrize("package", ["accelerate", "yaml", "scipy"])
-def test_training_names_the_extra_that_it_needs(package):
-    code = f"""
-        import importlib.util
-        found = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *more: None if name == {package!r} else found(name, *more)
-        from mllm_protector_guard import MissingDependencyError
-        try:
-            import mllm_protector_guard.training
-        except MissingDependencyError as error:
-            print(error.extra, error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.startswith("train ")
-    assert "mllm-protector-guard[train]" in done.stdout
+def test_training_names_the_extra_that_it_needs(package, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else found(name, *more))
+    monkeypatch.delitem(sys.modules, "mllm_protector_guard.training")
+    with pytest.raises(MissingDependencyError, match=r"mllm-protector-guard\[train\]") as caught:
+        importlib.import_module("mllm_protector_guard.training")
+    assert caught.value.extra == "train"

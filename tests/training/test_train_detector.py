@@ -66,7 +66,7 @@ class TestLearning:
         again = train_detector(detector_recipe(base, **short), output=tmp_path / "2", **given)
         other = train_detector(detector_recipe(base, seed=4, **short), output=tmp_path / "3", **given)
         assert same(first, again)
-        assert not same(first, other, tolerance=1e-3)
+        assert not same(first, other, tolerance=1e-2)
 
     def test_gradient_checkpointing_changes_nothing_else(self, base, rows, dev, tmp_path):
         folders = [
@@ -78,7 +78,7 @@ class TestLearning:
             )
             for on in (False, True)
         ]
-        assert same(*folders, tolerance=1e-5)
+        assert same(*folders, tolerance=2e-3)
 
 
 class TestResuming:
@@ -113,7 +113,7 @@ class TestResuming:
         with pytest.raises(ConfigError, match="unfinished run"):
             train_detector(recipe, train=[rows], dev=[dev], output=killed)
         train_detector(recipe, train=[rows], dev=[dev], output=killed, resume=True)
-        assert same(whole, killed, tolerance=1e-5)
+        assert same(whole, killed, tolerance=2e-3)
         assert read_config(killed).threshold == pytest.approx(read_config(whole).threshold, abs=1e-3)
 
     def test_a_finished_folder_is_not_written_again(self, trained, base, rows, dev):

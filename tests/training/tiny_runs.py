@@ -48,7 +48,7 @@ def detector_recipe(base: Path, **fields: Any) -> DetectorRecipe:
 
 
 def detoxifier_recipe(base: Path, **fields: Any) -> DetoxifierRecipe:
-    given = {"learning_rate": 2e-2, "batch_size": 2, "epochs": 120, "bf16": False, "question_dropout": 0.0}
+    given = {"learning_rate": 2e-2, "batch_size": 2, "epochs": 50, "bf16": False, "question_dropout": 0.0}
     return DetoxifierRecipe(**{**_common(base), **given, **fields})
 
 
