@@ -81,7 +81,9 @@ class TestEncode:
             whole = tokenizer(prompt, add_special_tokens=pattern.add_special_tokens)["input_ids"]
             assert [*turn.prefix, *turn.answer, *turn.suffix] == whole
             assert prompt[start:end] == answer
-            assert answer.strip() in tokenizer.decode(turn.answer)
+            # Llama's tokenizer reads its own sign for a space as one.
+            shown = answer if name == "chatml" else answer.replace("▁", " ")
+            assert shown.strip() in tokenizer.decode(turn.answer)
 
     @pytest.mark.parametrize("answer", ["", "  \n", "\u200b\u200b", "\x00"])
     def test_an_answer_without_legible_characters_is_empty(self, chat, answer):
