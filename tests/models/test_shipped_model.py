@@ -60,6 +60,11 @@ def shipped_detoxifier(pulled):
     return load_detoxifier(device="cpu")
 
 
+@pytest.fixture(scope="module")
+def brief_detoxifier(pulled):
+    return load_detoxifier(device="cpu", max_new_tokens=16)
+
+
 class TestDetector(DetectorContract):
     # A window of the contract's answer each: long enough to need several, short enough for a CPU.
     overlong_chars = 6_000
@@ -73,9 +78,9 @@ class TestDetoxifier(DetoxifierContract):
     # float32 sums differ in their last digits with padding, which can tip a greedy choice.
     batch_equals_singles = False
 
-    @pytest.fixture(scope="class")
-    def detoxifier(self, pulled):
-        return load_detoxifier(device="cpu", max_new_tokens=16)
+    @pytest.fixture
+    def detoxifier(self, brief_detoxifier):
+        return brief_detoxifier
 
 
 @pytest.mark.slow
