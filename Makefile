@@ -13,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # Large tensors come and go all the time here. jemalloc keeps their memory for ten seconds and in huge pages, which spares
-# most page faults; measured on two cores, a training step is two to three times as fast.
+# most page faults.
 JEMALLOC := $(firstword $(wildcard /usr/lib/*/libjemalloc.so.2))
 COMMA := ,
 FAST := $(if $(JEMALLOC),LD_PRELOAD=$(JEMALLOC) MALLOC_CONF=dirty_decay_ms:10000$(COMMA)muzzy_decay_ms:10000$(COMMA)oversize_threshold:0$(COMMA)thp:always)

@@ -73,7 +73,7 @@ class _Common(_Strict):
             by its `source`; other rows follow `other_sources`.
         batch_size: Rows a step and device.
         warmup: Share of the steps in which the learning rate rises.
-        bf16: Automatic mixed precision; about 2.5 times faster on CPUs with AVX512-BF16 and on GPUs.
+        bf16: Automatic mixed precision; worth it on CPUs with AVX512-BF16 and on GPUs.
         save_steps: How often a run can be resumed from.
     """
 
