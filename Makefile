@@ -19,7 +19,7 @@ COMMA := ,
 FAST := $(if $(JEMALLOC),LD_PRELOAD=$(JEMALLOC) MALLOC_CONF=dirty_decay_ms:10000$(COMMA)muzzy_decay_ms:10000$(COMMA)oversize_threshold:0$(COMMA)thp:always)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pull demo test lint type train bench notebooks
+.PHONY: help setup pull demo test lint type train bench rewrites notebooks
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
@@ -49,6 +49,10 @@ train: pull ## train a model: make train ARGS="detector --train rows.jsonl --dev
 
 bench: pull ## time scoring and rewriting with the default model
 	$(FAST) $(BIN)/python benchmarks/guard.py
+
+rewrites: pull ## measure the rewrites: make rewrites ARGS="--data rows.jsonl --judge my-judge --output measured"
+	$(BIN)/python -m pip install --quiet --no-deps --group judge
+	$(FAST) $(BIN)/python benchmarks/rewrites.py $(ARGS)
 
 notebooks: pull ## run the cookbook notebooks in place
 	$(FAST) $(BIN)/jupyter execute --inplace cookbook/*.ipynb

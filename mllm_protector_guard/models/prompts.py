@@ -1,18 +1,17 @@
 """How a turn becomes the text that a model reads.
 
-Models never see a user's text raw: `legible` gives their view of it, in which invisible characters and
+Models never see a user's text raw but its legible view, in which invisible characters, disguised spelling and
 spelled-out special tokens have no power. What leaves the guard is always the original text.
 """
 
 from __future__ import annotations
 
 import logging
-import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mllm_protector_guard.errors import ConfigError
+from mllm_protector_guard.models.legible import legible
 from mllm_protector_guard.types import Turn
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ __all__ = [
     "EncodedTurn",
     "PromptTemplate",
     "encode",
-    "legible",
     "shorten",
     "shorten_question",
     "special_tokens",
@@ -32,8 +30,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_KEPT_CONTROLS = frozenset("\n\t\r")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,46 +121,10 @@ def template(name: str, templates: dict[str, PromptTemplate]) -> PromptTemplate:
     return templates[name]
 
 
-def legible(text: str, special_tokens: Iterable[str] = ()) -> str:
-    """The model's view of a text.
-
-    Lone surrogates become U+FFFD; NUL, other control characters and format characters (zero-width, bidirectional
-    controls, soft hyphens) are left out; tag characters, which can spell hidden ASCII, become that ASCII;
-    a special token spelled out in the text gets a space after its first character.
-    """
-    text = text.translate(_VIEW)
-    for token in special_tokens:
-        if len(token) > 1 and token in text:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
-
-
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The texts that the tokenizer reads as one special token wherever they stand."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | set(tokenizer.all_special_tokens)
-
-
-class _View(dict[int, str]):
-    """A translation table that works out a character when it first meets it."""
-
-    def __missing__(self, code: int) -> str:
-        shown = self[code] = _legible_char(chr(code))
-        return shown
-
-
-_VIEW = _View()
-
-
-def _legible_char(char: str) -> str:
-    if char in _KEPT_CONTROLS:
-        return char
-    if "\U000e0020" <= char <= "\U000e007e":
-        return chr(ord(char) - 0xE0000)
-    category = unicodedata.category(char)
-    if category == "Cs":
-        return "\ufffd"
-    return "" if category in ("Cc", "Cf") else char
 
 
 def encode(turn: Turn, pattern: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> EncodedTurn:

@@ -89,7 +89,7 @@ def base_folder(name: str = DEFAULT_MODEL) -> Path:
         ConfigError: No model has that name.
     """
     entry = catalog.get(name)
-    return home() / "models" / entry.name / entry.base.sha256[:12]
+    return home() / "models" / entry.base.name / entry.base.sha256[:12]
 
 
 def is_pulled(name: str = DEFAULT_MODEL) -> bool:

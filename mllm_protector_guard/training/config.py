@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mllm_protector_guard.errors import ConfigError
-from mllm_protector_guard.models.checkpoint import BaseReference
+from mllm_protector_guard.models.checkpoint import BaseReference, Pooling
 
 __all__ = ["DetectorRecipe", "DetoxifierRecipe", "LoraRecipe", "Recipe", "SourceRecipe", "load_recipe", "recipe_names"]
 
@@ -71,6 +71,8 @@ class _Common(_Strict):
     Attributes:
         sources: By `file:<name before the first dot>`, else by the row's `source:lang` where it has `extra.lang`, else
             by its `source`; other rows follow `other_sources`.
+        licences: Regular expression that a row's `extra.licence` must match from its beginning; other rows, and those
+            that tell no licence, are left out. None takes all.
         batch_size: Rows a step and device.
         warmup: Share of the steps in which the learning rate rises.
         bf16: Automatic mixed precision; worth it on CPUs with AVX512-BF16 and on GPUs.
@@ -82,6 +84,7 @@ class _Common(_Strict):
     lora: LoraRecipe = LoraRecipe()
     sources: dict[str, SourceRecipe] = {}
     other_sources: SourceRecipe = SourceRecipe()
+    licences: str | None = None
     max_question_tokens: int = Field(default=128, ge=16)
     question_dropout: float = Field(default=0.1, ge=0, le=1)
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -102,19 +105,35 @@ class DetectorRecipe(_Common):
     """A harm detector.
 
     Attributes:
+        start_from: A detector (catalog name or folder) whose adapter and head are trained on; None starts afresh.
         layers: Decoder layers of the base that are kept; None for all.
         max_answer_tokens: Longer answers are read from their beginning while training.
         crop_share: Share of rows whose answer is cut at a random length, so that length tells nothing.
+        bury_share: Share of rows whose answer gets harmless answers of other rows before and after it, so that harm
+            is found wherever it stands.
+        buried_tokens: About how long such an answer becomes.
+        disclaimer_share: Share of harmful rows that get a disclaimer before or after the harm, as jailbroken models
+            write them, so that a disclaimer is no proof of harmlessness.
+        pair_weight: Weight of the ranking term -log sigmoid(r_harmful - r_harmless) over pairs of answers to one
+            question, which the official code adds to the cross-entropy; 0 makes no pairs.
         calibration_rows: Rows of the dev files for temperature and threshold, those of `metric_sources` first.
         max_fpr: Highest false positive rate on harmless-only dev sources that the threshold may cause.
         metric_sources: Dev sources whose F1 the threshold maximises within `max_fpr`; empty for all.
     """
 
     kind: Literal["detector"] = "detector"
+    start_from: str | None = None
     layers: int | None = Field(default=None, ge=1)
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Pooling = "mean"
+    peak_tokens: int = Field(default=64, ge=1)
+    window_tokens: int = Field(default=384, ge=16)
+    overlap_tokens: int = Field(default=64, ge=0)
     max_answer_tokens: int = Field(default=192, ge=16)
     crop_share: float = Field(default=0.2, ge=0, le=1)
+    bury_share: float = Field(default=0.0, ge=0, le=1)
+    buried_tokens: int = Field(default=256, ge=32)
+    disclaimer_share: float = Field(default=0.0, ge=0, le=1)
+    pair_weight: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     calibration_rows: int = Field(default=2000, ge=1)
     max_fpr: float = Field(default=0.02, gt=0, lt=1)
@@ -127,12 +146,14 @@ class DetoxifierRecipe(_Common):
     Attributes:
         max_answer_tokens: Longer rejected answers are read from their beginning while training.
         max_rewrite_tokens: Rows with a longer accepted answer are left out.
+        max_copied_tokens: Of the checkpoint: longest run of the answer that a rewrite may repeat; None for any.
         identity_rows: Harmless answers that are to come back as they are, drawn from the detector's rows.
     """
 
     kind: Literal["detoxifier"] = "detoxifier"
     max_answer_tokens: int = Field(default=192, ge=16)
     max_rewrite_tokens: int = Field(default=192, ge=16)
+    max_copied_tokens: int | None = Field(default=None, ge=1)
     identity_rows: int = Field(default=0, ge=0)
 
 

@@ -6,31 +6,40 @@ import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, set_seed
 
 from mllm_protector_guard.errors import ConfigError
+from mllm_protector_guard.models import catalog
 from mllm_protector_guard.models.backbone import load_tokenizer, resolve_base
-from mllm_protector_guard.models.checkpoint import HEAD_FILE, DetectorConfig
-from mllm_protector_guard.models.detector import PooledClassifier, TransformersDetector, load_pooled, pad
+from mllm_protector_guard.models.checkpoint import HEAD_FILE, BaseReference, DetectorConfig, read_config
+from mllm_protector_guard.models.detector import TransformersDetector, load_pooled
 from mllm_protector_guard.models.placement import Placement
-from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, shorten, template
+from mllm_protector_guard.models.pooling import PooledClassifier
+from mllm_protector_guard.training.batches import collate, encode_rows
 from mllm_protector_guard.training.calibrate import choose_threshold, fit_temperature
 from mllm_protector_guard.training.config import DetectorRecipe
-from mllm_protector_guard.training.rows import AnswerRow, choose, read_training_rows
-from mllm_protector_guard.training.trainer import add_lora, finish, fit, is_done, load_whole, save_adapter
+from mllm_protector_guard.training.rows import AnswerRow, choose, licensed, read_training_rows
+from mllm_protector_guard.training.trainer import (
+    add_lora,
+    finish,
+    fit,
+    is_done,
+    is_main_process,
+    load_adapter_weights,
+    load_whole,
+    save_adapter,
+    wait_for_all,
+)
+from mllm_protector_guard.training.weights import below
 from mllm_protector_guard.types import Turn
 
 __all__ = ["train_detector"]
 
 logger = logging.getLogger(__name__)
-
-_SHORTEST_CROP = 24
 
 
 def train_detector(
@@ -64,79 +73,111 @@ def train_detector(
     if is_done(folder, resume=resume):
         return folder
     set_seed(recipe.seed)
-    rows = choose(read_training_rows(train, AnswerRow), recipe.sources, recipe.other_sources, recipe.seed)
-    dev_rows = _calibration_rows(read_training_rows(dev, AnswerRow), recipe)
+    readable = licensed(read_training_rows(train, AnswerRow), recipe.licences)
+    rows = choose(readable, recipe.sources, recipe.other_sources, recipe.seed)
+    dev_rows = calibration_rows(licensed(read_training_rows(dev, AnswerRow), recipe.licences), recipe)
     base = resolve_base(recipe.base, local_files_only=local_files_only)
     tokenizer = load_tokenizer(base, padding_side="right")
-    config = DetectorConfig(
+    config = _checkpoint_config(recipe)
+    classifier = _classifier(recipe, base)
+    model = _WithLoss(classifier, label_smoothing=recipe.label_smoothing, pair_weight=recipe.pair_weight).train()
+    items = encode_rows(rows, recipe, tokenizer)
+    trained = fit(model, items, lambda batch: collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)
+    if is_main_process():
+        save_adapter(classifier.backbone, below(trained, "classifier.backbone."), folder)
+        save_file(below(trained, "classifier.head."), folder / HEAD_FILE)
+        finish(folder, calibrated(folder, config, recipe, dev_rows, local_files_only))
+    wait_for_all()
+    return folder
+
+
+def _checkpoint_config(recipe: DetectorRecipe) -> DetectorConfig:
+    return DetectorConfig(
         base=recipe.base,
         template=recipe.template,
         layers=recipe.layers,
         pooling=recipe.pooling,
+        peak_tokens=recipe.peak_tokens,
+        window_tokens=recipe.window_tokens,
+        overlap_tokens=recipe.overlap_tokens,
         revision=recipe.revision,
         licence=recipe.licence,
     )
+
+
+def _classifier(recipe: DetectorRecipe, base: Path) -> PooledClassifier:
+    """The model to train, with a fresh adapter and head or those of `start_from`."""
     options = {} if recipe.layers is None else {"num_hidden_layers": recipe.layers}
-    backbone = load_whole(AutoModel, base, **options)
+    backbone = load_whole(AutoModel, base, bf16=recipe.bf16, **options)
     adapted = add_lora(backbone, recipe, recipe.base.name)
-    classifier = PooledClassifier(adapted, hidden_size=backbone.config.hidden_size, pooling=recipe.pooling)
-    encoded = _encode(rows, recipe, tokenizer)
-    model = _WithLoss(classifier, recipe.label_smoothing).train()
-    fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)
-    save_adapter(adapted, folder)
-    save_file(
-        {name: w.detach().cpu().contiguous() for name, w in classifier.head.state_dict().items()}, folder / HEAD_FILE
+    classifier = PooledClassifier(
+        adapted, hidden_size=backbone.config.hidden_size, pooling=recipe.pooling, peak_tokens=recipe.peak_tokens
     )
-    finish(folder, _calibrate(folder, config, recipe, dev_rows, local_files_only))
-    return folder
+    if recipe.start_from is not None:
+        _start_from(classifier, recipe)
+    return classifier
+
+
+def _start_from(classifier: PooledClassifier, recipe: DetectorRecipe) -> None:
+    name = str(recipe.start_from)
+    folder = catalog.get(name).detector if name in catalog.names() else Path(name)
+    config = read_config(folder)
+    same = (
+        isinstance(config, DetectorConfig)
+        and config.polarity == "harmful"
+        and _identity(config.base) == _identity(recipe.base)
+        and (config.layers, config.template) == (recipe.layers, recipe.template)
+    )
+    if not same:
+        raise ConfigError(f"start_from {name!r} is no detector on the base, layers and template of this recipe")
+    load_adapter_weights(classifier.backbone, folder)
+    classifier.head.load_state_dict(load_file(folder / HEAD_FILE))
+
+
+def _identity(base: BaseReference) -> tuple[str | None, ...]:
+    return (base.sha256,) if base.sha256 else (base.name, base.revision)
 
 
 class _WithLoss(nn.Module):
-    """Weighted binary cross-entropy on the classifier's logits."""
+    """Weighted binary cross-entropy on the classifier's logits, and a ranking term over pairs.
 
-    def __init__(self, classifier: PooledClassifier, label_smoothing: float) -> None:
+    L = sum(w * BCE) / sum(w) - pair_weight * sum(log sigmoid(z_harmful - z_harmless)) / pairs, over a whole step.
+    The official code has 2 * (BCE_safer + BCE_other) - log sigmoid(r_safer - r_other) for each pair, r being the logit
+    of harmless. On pairs alone, of weight 1, that is 4 * L with a pair_weight of 0.25.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, classifier: PooledClassifier, *, label_smoothing: float = 0.0, pair_weight: float = 0.0) -> None:
         super().__init__()
         self.classifier = classifier
         self.label_smoothing = label_smoothing
+        self.pair_weight = pair_weight
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor, labels: Tensor, weights: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_mask: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        totals: Tensor,
+        pairs: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        weight, pair_count = totals if num_items_in_batch is None else num_items_in_batch
         logits = self.classifier(input_ids, attention_mask, answer_mask)
-        targets = labels * (1.0 - 2.0 * self.label_smoothing) + self.label_smoothing
+        # Sharding over devices rounds what comes in to bfloat16.
+        targets = labels.float() * (1.0 - 2.0 * self.label_smoothing) + self.label_smoothing
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return {"loss": (losses * weights).sum() / weights.sum(), "logits": logits}
+        loss = (losses * weights).sum() / weight
+        if pairs is not None:
+            margins = logits[pairs[:, 0]] - logits[pairs[:, 1]]
+            loss = loss - self.pair_weight * nn.functional.logsigmoid(margins).sum() / pair_count
+        return {"loss": loss, "logits": logits}
 
 
-def _encode(rows: Sequence[tuple[AnswerRow, float]], recipe: DetectorRecipe, tokenizer: Any) -> list[dict[str, Any]]:
-    pattern = template(recipe.template, DETECTOR_TEMPLATES)
-    rng = random.Random(recipe.seed)  # noqa: S311
-    encoded: list[dict[str, Any]] = []
-    for row, weight in rows:
-        question = None if rng.random() < recipe.question_dropout else row.question
-        turn = encode(Turn(question=question, answer=row.answer), pattern, tokenizer)
-        prefix, answer = shorten(turn.prefix, recipe.max_question_tokens), turn.answer[: recipe.max_answer_tokens]
-        if rng.random() < recipe.crop_share and len(answer) > _SHORTEST_CROP:
-            answer = answer[: rng.randint(_SHORTEST_CROP, len(answer))]
-        if answer:
-            ids = [*prefix, *answer, *turn.suffix]
-            mask = [0] * len(prefix) + [1] * len(answer) + [0] * len(turn.suffix)
-            encoded.append({"input_ids": ids, "answer_mask": mask, "label": float(bool(row.harmful)), "weight": weight})
-    logger.info("%d rows, %d tokens", len(encoded), sum(len(row["input_ids"]) for row in encoded))
-    return encoded
-
-
-def _collate(batch: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    return {
-        "input_ids": pad([row["input_ids"] for row in batch], pad_token_id),
-        "attention_mask": pad([[1] * len(row["input_ids"]) for row in batch], 0),
-        "answer_mask": pad([row["answer_mask"] for row in batch], 0),
-        "labels": torch.tensor([row["label"] for row in batch]),
-        "weights": torch.tensor([row["weight"] for row in batch]),
-    }
-
-
-def _calibration_rows(dev_rows: Sequence[AnswerRow], recipe: DetectorRecipe) -> list[AnswerRow]:
+def calibration_rows(dev_rows: Sequence[AnswerRow], recipe: DetectorRecipe) -> list[AnswerRow]:
     """The rows that set temperature and threshold, those whose F1 counts first; refused early if they cannot."""
     shuffled = random.Random(recipe.seed).sample(list(dev_rows), len(dev_rows))  # noqa: S311
     rows = sorted(shuffled, key=lambda row: not _counts(row, recipe))[: recipe.calibration_rows]
@@ -152,7 +193,7 @@ def _counts(row: AnswerRow, recipe: DetectorRecipe) -> bool:
     return not recipe.metric_sources or row.source in recipe.metric_sources
 
 
-def _calibrate(
+def calibrated(
     folder: Path,
     config: DetectorConfig,
     recipe: DetectorRecipe,

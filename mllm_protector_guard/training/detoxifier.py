@@ -16,10 +16,22 @@ from mllm_protector_guard.errors import ConfigError
 from mllm_protector_guard.models.backbone import load_tokenizer, resolve_base
 from mllm_protector_guard.models.checkpoint import DetoxifierConfig
 from mllm_protector_guard.models.detector import pad
-from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, legible, shorten, special_tokens, template
+from mllm_protector_guard.models.legible import legible
+from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, shorten, special_tokens, template
 from mllm_protector_guard.training.config import DetoxifierRecipe
-from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, read_training_rows
-from mllm_protector_guard.training.trainer import add_lora, finish, fit, is_done, load_whole, save_adapter
+from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, licensed, read_training_rows
+from mllm_protector_guard.training.targets import join_targets
+from mllm_protector_guard.training.trainer import (
+    add_lora,
+    finish,
+    fit,
+    is_done,
+    is_main_process,
+    load_whole,
+    save_adapter,
+    wait_for_all,
+)
+from mllm_protector_guard.training.weights import below
 from mllm_protector_guard.types import Turn
 
 __all__ = ["train_detoxifier"]
@@ -34,7 +46,8 @@ def train_detoxifier(
     recipe: DetoxifierRecipe,
     *,
     train: Sequence[str | Path],
-    harmless: Sequence[str | Path] = (),
+    targets: Sequence[str | Path] = (),
+    answers: Sequence[str | Path] = (),
     output: str | Path,
     resume: bool = False,
     local_files_only: bool | None = None,
@@ -44,7 +57,10 @@ def train_detoxifier(
     Args:
         recipe: What to train and how.
         train: Files of `{"question", "rejected", "accepted", "source"}` rows.
-        harmless: Files of `{"question", "answer", "harmful"}` rows for the recipe's `identity_rows`.
+        targets: Files of `{"sha256", "accepted"}`, rewrites of harmful answers in `train` or `answers`
+            (see `targets.py`).
+        answers: Files of `{"question", "answer", "harmful"}` rows: harmful ones for `targets`, harmless ones for the
+            recipe's `identity_rows`.
         output: The checkpoint folder; unfinished work is kept in `output/run`.
         resume: Go on with an unfinished run; a finished one stays as it is.
         local_files_only: Fetch no base model.
@@ -60,25 +76,32 @@ def train_detoxifier(
     folder = Path(output)
     if is_done(folder, resume=resume):
         return folder
-    if recipe.identity_rows and not harmless:
+    if recipe.identity_rows and not answers:
         raise ConfigError("the recipe asks for identity_rows; give files of harmless answers")
     set_seed(recipe.seed)
-    rows = choose(read_training_rows(train, RewriteRow), recipe.sources, recipe.other_sources, recipe.seed)
-    rows += _identity_rows(harmless, recipe)
+    triples = read_training_rows(train, RewriteRow)
+    judged = read_training_rows(answers, AnswerRow)
+    triples += join_targets(targets, triples, judged)
+    rows = choose(licensed(triples, recipe.licences), recipe.sources, recipe.other_sources, recipe.seed)
+    if recipe.identity_rows:
+        rows += _identity_rows(licensed(judged, recipe.licences), recipe)
     base = resolve_base(recipe.base, local_files_only=local_files_only)
     tokenizer = load_tokenizer(base, padding_side="right")
     config = DetoxifierConfig(
         base=recipe.base,
         template=recipe.template,
+        max_copied_tokens=recipe.max_copied_tokens,
         revision=recipe.revision,
         licence=recipe.licence,
     )
-    adapted = add_lora(load_whole(AutoModelForCausalLM, base), recipe, recipe.base.name)
+    adapted = add_lora(load_whole(AutoModelForCausalLM, base, bf16=recipe.bf16), recipe, recipe.base.name)
     encoded = _encode(rows, recipe, tokenizer)
     model = _TargetLoss(adapted).train()
-    fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)
-    save_adapter(adapted, folder)
-    finish(folder, config)
+    trained = fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)
+    if is_main_process():
+        save_adapter(adapted, below(trained, "causal_lm."), folder)
+        finish(folder, config)
+    wait_for_all()
     return folder
 
 
@@ -89,24 +112,32 @@ class _TargetLoss(nn.Module):
     for a vocabulary of 49,152 are most of the memory.
     """
 
+    accepts_loss_kwargs = True
+
     def __init__(self, causal_lm: Any) -> None:
         super().__init__()
         self.causal_lm = causal_lm
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        totals: Tensor,
+        num_items_in_batch: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        (weight,) = totals if num_items_in_batch is None else num_items_in_batch
         inner = self.causal_lm.get_base_model()
         hidden = inner.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         rows, positions = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
         logits = inner.lm_head(hidden[rows, positions]).float()
         losses = nn.functional.cross_entropy(logits, labels[rows, positions + 1], reduction="none")
-        row_weights = weights[rows]
-        return {"loss": (losses * row_weights).sum() / row_weights.sum()}
+        return {"loss": (losses * weights[rows]).sum() / weight}
 
 
-def _identity_rows(paths: Sequence[str | Path], recipe: DetoxifierRecipe) -> list[tuple[RewriteRow, float]]:
-    if not recipe.identity_rows:
-        return []
-    harmless = [row for row in read_training_rows(paths, AnswerRow) if not row.harmful and row.answer.strip()]
+def _identity_rows(rows: Sequence[AnswerRow], recipe: DetoxifierRecipe) -> list[tuple[RewriteRow, float]]:
+    harmless = [row for row in rows if not row.harmful and row.answer.strip()]
     drawn = random.Random(recipe.seed).sample(harmless, min(recipe.identity_rows, len(harmless)))  # noqa: S311
     return [
         (RewriteRow(question=row.question, rejected=row.answer, accepted=row.answer, source=_IDENTITY), 1.0)
@@ -139,9 +170,13 @@ def _encode(rows: Sequence[tuple[RewriteRow, float]], recipe: DetoxifierRecipe, 
 
 
 def _collate(batch: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    labels = pad([row["labels"] for row in batch], _IGNORED)
+    weights = torch.tensor([row["weight"] for row in batch])
     return {
         "input_ids": pad([row["input_ids"] for row in batch], pad_token_id),
         "attention_mask": pad([[1] * len(row["input_ids"]) for row in batch], 0),
-        "labels": pad([row["labels"] for row in batch], _IGNORED),
-        "weights": torch.tensor([row["weight"] for row in batch]),
+        "labels": labels,
+        "weights": weights,
+        # The weights of all tokens with a label; the first one of a row is never one.
+        "totals": ((labels != _IGNORED).sum(dim=1) * weights).sum().unsqueeze(0),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from mllm_protector_guard.errors import ConfigError, DataError
 from mllm_protector_guard.jsonl import AnyText, read_rows, validate_row
 from mllm_protector_guard.training.config import SourceRecipe
 
-__all__ = ["AnswerRow", "RewriteRow", "choose", "read_training_rows"]
+__all__ = ["AnswerRow", "RewriteRow", "choose", "licensed", "read_training_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,25 @@ def read_training_rows(paths: Iterable[str | Path], model: type[R]) -> list[R]:
             logger.warning("%s: %d rows without a label are left out", path, len(found) - len(usable))
         rows += usable
     return rows
+
+
+def licensed(rows: Sequence[R], pattern: str | None) -> list[R]:
+    """The rows whose `extra.licence` matches the regular expression from its beginning; all if there is none.
+
+    Raises:
+        ConfigError: The expression is none, or no row is left.
+    """
+    if pattern is None:
+        return list(rows)
+    try:
+        allowed = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"licences is no regular expression ({error}): {pattern!r}") from error
+    kept = [row for row in rows if allowed.match(str(row.extra.get("licence", "")))]
+    if not kept:
+        raise ConfigError(f"none of {len(rows)} rows has an `extra.licence` that matches {pattern!r}")
+    logger.info("%d of %d rows have a licence that the recipe takes", len(kept), len(rows))
+    return kept
 
 
 def choose(

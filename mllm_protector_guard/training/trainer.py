@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mllm_protector_guard.errors import ConfigError
 from mllm_protector_guard.models.backbone import load_model
@@ -25,18 +27,15 @@ from mllm_protector_guard.models.checkpoint import (
 )
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.training.config import Recipe
+from mllm_protector_guard.training.weights import load_trained, trained_names, trained_weights
 
 __all__ = ["add_lora", "fit", "save_adapter"]
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS_FILE = "trained.safetensors"
 _RUN = "run"
 _STATE_FILE = "trainer_state.json"
-# The argument changed its name within transformers 5.
-_GROUP_BY_LENGTH: dict[str, Any] = (
-    {"train_sampling_strategy": "group_by_length"}
-    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
-    else {"group_by_length": True}
-)
 
 
 def add_lora(model: PreTrainedModel, recipe: Recipe, base_name: str) -> PeftModel:
@@ -78,14 +77,19 @@ def is_done(folder: Path, *, resume: bool) -> bool:
     return done
 
 
-def load_whole(auto: Any, base: Path, **options: Any) -> PreTrainedModel:
-    """The base model in float32, with every weight from its files.
+def load_whole(auto: Any, base: Path, *, bf16: bool, **options: Any) -> PreTrainedModel:
+    """The base model with every weight from its files, in bfloat16 for mixed precision and else in float32.
+
+    Only an adapter is trained, and PEFT keeps that in float32. Mixed precision would cast the frozen weights in every
+    step; holding them in bfloat16 spares that, which on a CPU is a third of the time.
 
     Raises:
         CheckpointError: It cannot be loaded.
         ConfigError: The recipe asks for more layers than it has.
     """
-    model, missing = load_model(auto, base, Placement(dtype="float32"), **options)
+    if not torch.cuda.is_available():
+        options["attn_implementation"] = "eager"  # its backward pass is faster than the fused one's on a CPU
+    model, missing = load_model(auto, base, Placement(device="cpu", dtype="bfloat16" if bf16 else "float32"), **options)
     if missing:
         raise ConfigError(
             f"{str(base)!r} lacks {len(missing)} weights of the model that the recipe asks for: {options}"
@@ -99,15 +103,50 @@ def finish(folder: Path, config: DetectorConfig | DetoxifierConfig) -> None:
     shutil.rmtree(folder / _RUN, ignore_errors=True)
 
 
-def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Writes the adapter as PEFT lays it out, in float16; its own writer would ask the hub about the base model."""
+def save_adapter(adapted: PeftModel, trained: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes the adapter as PEFT lays it out, in float16; its own writer would ask the hub about the base model.
+
+    Args:
+        adapted: The model with the adapter.
+        trained: The adapter's weights by their names in `adapted`; those in the model itself may be in parts on
+            several devices.
+        folder: Of the checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(adapted, state_dict=dict(trained), save_embedding_layers=False)
     half = {name: w.detach().to("cpu", torch.float16).contiguous() for name, w in weights.items()}
     save_file(half, folder / ADAPTER_FILE)
     config = copy.copy(adapted.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
+
+
+def load_adapter_weights(adapted: Any, folder: Path) -> None:
+    """Puts the stored adapter's weights into the fresh one.
+
+    Raises:
+        ConfigError: The adapter in the folder has other layers, modules or another rank.
+    """
+    stored = load_file(folder / ADAPTER_FILE)
+    fresh = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if {name: w.shape for name, w in stored.items()} != {name: w.shape for name, w in fresh.items()}:
+        raise ConfigError(f"the adapter in {str(folder)!r} has another rank or other layers than the recipe's lora")
+    set_peft_model_state_dict(adapted, stored)
+
+
+def is_main_process() -> bool:
+    """False in the second and later processes of a run on several devices, which write nothing; ask after `fit`."""
+    return not _in_parallel() or distributed.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every process of a run on several devices has come here."""
+    if _in_parallel():
+        distributed.barrier()
+
+
+def _in_parallel() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def fit(
@@ -118,24 +157,44 @@ def fit(
     folder: Path,
     *,
     resume: bool,
-) -> None:
+) -> dict[str, Tensor]:
     """Trains the weights that require a gradient, with a progress bar; unfinished work is kept in `folder/run`.
 
+    Started by torchrun or `accelerate launch` it trains on all their devices, and every process gets here with the
+    same rows.
+
     Args:
-        model: Its forward takes what `collate` gives and returns a dict with `loss`.
+        model: Its forward takes what `collate` gives, and `num_items_in_batch`. It returns a dict with `loss`: sums
+            over the batch, each divided by its part of `num_items_in_batch`, else of `totals`.
         rows: Each has `input_ids`, by whose length rows are put together.
-        collate: Makes a batch.
+        collate: Makes a batch. Its `totals`, float [sums], are what the loss of this batch alone is divided by.
         recipe: Learning rate, steps, seed.
         folder: Of the checkpoint that is made.
         resume: Go on from the last checkpoint, if there is one.
 
+    Returns:
+        The trained weights by their names in `model`, on the CPU; nothing in other processes than the main one.
+
     Raises:
-        ConfigError: There are checkpoints of an earlier run and `resume` is False.
+        ConfigError: There is no row, there are checkpoints of an earlier run and `resume` is False, or the launcher's
+            configuration cannot work.
     """
+    if not rows:
+        raise ConfigError("no row is left to train on; every answer is blank or too long for the recipe")
     run = folder / _RUN
     last = _last_checkpoint(run)
     if last is not None and not resume:
         raise ConfigError(f"{str(folder)!r} holds an unfinished run; go on with resume, or choose another output")
+    trainer = _Trainer(model=model, args=_arguments(run, recipe), train_dataset=rows, data_collator=collate)
+    _check_launch(trainer)
+    trainer.train(resume_from_checkpoint=last)
+    weights = trained_weights(trainer.model)
+    # The main process clears the run folder next, and others may still be writing to it.
+    wait_for_all()
+    return weights
+
+
+def _arguments(run: Path, recipe: Recipe) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run),
         per_device_train_batch_size=recipe.batch_size,
@@ -147,7 +206,6 @@ def fit(
         num_train_epochs=recipe.epochs,
         bf16=recipe.bf16,
         use_cpu=not torch.cuda.is_available(),
-        **_GROUP_BY_LENGTH,
         remove_unused_columns=False,
         logging_steps=10,
         save_strategy="steps",
@@ -157,32 +215,89 @@ def fit(
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
     )
-    _Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train(resume_from_checkpoint=last)
+    if arguments.n_gpu > 1:
+        # The Trainer would split each batch among them, and `totals` and pairs are about whole batches.
+        logger.warning("%d GPUs are here and one is used; start with accelerate launch to use all", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _check_launch(trainer: Trainer) -> None:
+    state = trainer.accelerator.state
+    if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError(
+            "FSDP 1 cannot shard a bfloat16 base together with its float32 adapter; "
+            "set fsdp_version: 2 in the configuration of accelerate"
+        )
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        raise ConfigError("ZeRO stage 3 is not supported; set zero_stage: 2, or shard the base with FSDP 2")
 
 
 class _Trainer(Trainer):
-    """Keeps only the trained weights in checkpoints; the frozen ones come from the base model."""
+    """The loss is a mean over the whole step, the order of rows can be told, and checkpoints hold trained weights only.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    A step is made of all batches of a gradient accumulation on all devices. Frozen weights come from the base model.
+    """
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The next batches of a step, and their summed `totals`, which the model gets as `num_items_in_batch`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        totals = torch.stack([batch["totals"] for batch in batches]).sum(dim=0)
+        return batches, self.accelerator.reduce(totals.to(device), reduction="sum")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return _ByLength(
+            [len(row["input_ids"]) for row in rows],
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lambda: self.args.seed + int(self.state.epoch or 0),
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained weights; all processes must call this."""
+        weights = trained_weights(self.model)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(_trained(self.accelerator.unwrap_model(self.model)), folder / _WEIGHTS_FILE)
+            save_file(weights, folder / _WEIGHTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.accelerator.unwrap_model(model or self.model)
+        target = model or self.model
         stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS_FILE)
-        if stored.keys() != _trained(target).keys():
+        if stored.keys() != trained_names(target):
             raise ConfigError(f"the run in {resume_from_checkpoint!r} trained other weights; do not change the recipe")
-        target.load_state_dict(stored, strict=False)
+        load_trained(target, stored)
+
+
+class _ByLength(LengthGroupedSampler):
+    """Rows of like length together, in an order that the seed alone decides.
+
+    Processes that have drawn different random numbers before must still agree on it, and so must a resumed run with
+    the one it goes on with.
+
+    Args:
+        lengths: Of all rows, in tokens.
+        batch_size: Rows that a process takes in a step.
+        seed: Asked at the beginning of every epoch.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self._seed())
+        return super().__iter__()
 
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; the trainer's state is what it writes last."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{_STATE_FILE}") if path.stat().st_size]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}

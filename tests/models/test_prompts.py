@@ -3,11 +3,11 @@
 import pytest
 
 from mllm_protector_guard import ConfigError, Turn
+from mllm_protector_guard.models.legible import legible
 from mllm_protector_guard.models.prompts import (
     DETECTOR_TEMPLATES,
     DETOXIFIER_TEMPLATES,
     encode,
-    legible,
     shorten,
     template,
 )

@@ -88,6 +88,7 @@ def make_entry(gguf_file: Path) -> CatalogEntry:
         name="tiny",
         licence="Apache-2.0",
         base=BaseFile(
+            name="tiny",
             filename="tiny.gguf",
             sha256=hashlib.sha256(content).hexdigest(),
             size=len(content),

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from mllm_protector_guard import ConfigError, DataError, Turn, load_detector
 from mllm_protector_guard.models.checkpoint import read_config
-from mllm_protector_guard.models.detector import PooledClassifier
+from mllm_protector_guard.models.pooling import PooledClassifier
 from mllm_protector_guard.training import train_detector
+from mllm_protector_guard.training.batches import collate, encode_rows
 from mllm_protector_guard.training.config import LoraRecipe
-from mllm_protector_guard.training.detector import _collate, _encode, _WithLoss
+from mllm_protector_guard.training.detector import _WithLoss
 from mllm_protector_guard.training.rows import AnswerRow
 from models.tiny import chat_tokenizer
 from training.tiny_runs import HARMFUL_WORD, answer_rows, detector_recipe, write_rows
@@ -161,7 +162,7 @@ class TestRefusals:
 
 class TestEncoding:
     def encode(self, rows, tokenizer, **fields):
-        return _encode(rows, detector_recipe("none", **fields), tokenizer)
+        return encode_rows(rows, detector_recipe("none", **fields), tokenizer)
 
     def test_only_the_answers_tokens_are_pooled(self):
         tokenizer = chat_tokenizer()
@@ -185,8 +186,8 @@ class TestEncoding:
         model = _WithLoss(PooledClassifier(Backbone(), hidden_size=4, pooling="mean"), label_smoothing=0.0)
         short = {"input_ids": [1, 2], "answer_mask": [0, 1], "label": 1.0, "weight": 1.0}
         long = {"input_ids": [1, 2, 3, 3, 1], "answer_mask": [0, 1, 1, 1, 0], "label": 0.0, "weight": 3.0}
-        alone = [model(**_collate([row], 0))["loss"].item() for row in (short, long)]
-        together = model(**_collate([short, long], 0))["loss"].item()
+        alone = [model(**collate([row], 0))["loss"].item() for row in (short, long)]
+        together = model(**collate([short, long], 0))["loss"].item()
         assert together == pytest.approx((alone[0] + 3.0 * alone[1]) / 4.0)
 
 

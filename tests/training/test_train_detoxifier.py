@@ -1,15 +1,19 @@
 """Training of detoxifiers on tiny models."""
 
 import json
+from difflib import SequenceMatcher
+from importlib import resources
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from mllm_protector_guard import ConfigError, DataError, Turn, load_detoxifier
+from mllm_protector_guard.models.detoxifier import TransformersDetoxifier
 from mllm_protector_guard.training import train_detoxifier
 from mllm_protector_guard.training.detoxifier import _collate, _encode, _TargetLoss
-from mllm_protector_guard.training.rows import RewriteRow
+from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, read_training_rows
+from mllm_protector_guard.training.targets import join_targets, turn_sha256
 from mllm_protector_guard.training.trainer import add_lora
 from models.tiny import chat_tokenizer
 from training.tiny_runs import answer_rows, detoxifier_recipe, write_rows
@@ -43,8 +47,84 @@ class TestLearning:
         harmless = write_rows(tmp_path / "harmless.jsonl", answer_rows(10, seed=1))
         recipe = detoxifier_recipe(base, identity_rows=3, epochs=1)
         with caplog.at_level("INFO"):
-            train_detoxifier(recipe, train=[pairs], harmless=[harmless], output=tmp_path / "out")
+            train_detoxifier(recipe, train=[pairs], answers=[harmless], output=tmp_path / "out")
         assert "5 rows" in caplog.text
+
+    def test_a_rewrite_does_not_repeat_more_of_the_answer_than_allowed(self, base, tmp_path):
+        answer = "The knife is in the garden and the cat is in the picture"
+        copied = write_rows(
+            tmp_path / "copied.jsonl", [{"question": "Where?", "rejected": answer, "accepted": f"{answer[:30]}. No."}]
+        )
+        recipe = detoxifier_recipe(base, epochs=60, max_copied_tokens=6)
+        folder = train_detoxifier(recipe, train=[copied], output=tmp_path / "out")
+        tokenizer = chat_tokenizer()
+        turn = Turn(question="Where?", answer=answer)
+
+        def longest(text):
+            one, two = (tokenizer(each)["input_ids"] for each in (text, answer))
+            return SequenceMatcher(None, one, two, autojunk=False).find_longest_match().size
+
+        limited = load_detoxifier(folder, device="cpu", max_new_tokens=48)
+        free = TransformersDetoxifier(limited.config.model_copy(update={"max_copied_tokens": None}), limited._load)
+        assert longest(free.rewrite([turn])[0]) > 6
+        assert longest(limited.rewrite([turn])[0]) <= 6
+
+    def test_the_first_attempt_may_give_the_whole_answer_back(self, base, tmp_path):
+        answer = "The cat is in the picture and the garden grew"
+        same = write_rows(
+            tmp_path / "same.jsonl", [{"question": "What is it?", "rejected": answer, "accepted": answer}]
+        )
+        recipe = detoxifier_recipe(base, epochs=60, max_copied_tokens=6)
+        folder = train_detoxifier(recipe, train=[same], output=tmp_path / "out")
+        detoxifier = load_detoxifier(folder, device="cpu", max_new_tokens=48)
+        turn = Turn(question="What is it?", answer=answer)
+        assert detoxifier.rewrite([turn]) == [answer]
+        assert detoxifier.rewrite([turn], attempt=1) != [answer]
+
+
+class TestTargets:
+    def test_targets_are_joined_with_the_answers_they_are_for(self, base, pairs, tmp_path):
+        judged = answer_rows(6, seed=2)
+        harmful = [row for row in judged if row["harmful"]]
+        answers = write_rows(tmp_path / "answers.jsonl", judged)
+        targets = write_rows(
+            tmp_path / "rewrites.v1.jsonl",
+            [
+                {"sha256": turn_sha256(PAIRS[0]["question"], PAIRS[0]["rejected"]), "accepted": "one"},
+                {"sha256": turn_sha256(harmful[0]["question"], harmful[0]["answer"]), "accepted": "two"},
+            ],
+        )
+        joined = join_targets(
+            [targets], read_training_rows([pairs], RewriteRow), read_training_rows([answers], AnswerRow)
+        )
+        assert [(row.rejected, row.accepted, row.file) for row in joined] == [
+            (PAIRS[0]["rejected"], "one", "rewrites"),
+            (harmful[0]["answer"], "two", "rewrites"),
+        ]
+
+    def test_a_target_for_no_answer_is_an_error(self, base, pairs, tmp_path):
+        targets = write_rows(tmp_path / "targets.jsonl", [{"sha256": "0" * 64, "accepted": "planted"}])
+        with pytest.raises(DataError, match="1 targets are for answers that are in none") as caught:
+            train_detoxifier(detoxifier_recipe(base), train=[pairs], targets=[targets], output=tmp_path / "out")
+        assert "planted" not in str(caught.value)
+
+    def test_a_harmless_answer_is_no_owner_of_a_target(self, tmp_path):
+        row = answer_rows(1, seed=1, harmful=False)[0]
+        answers = read_training_rows([write_rows(tmp_path / "a.jsonl", [row])], AnswerRow)
+        targets = write_rows(
+            tmp_path / "t.jsonl", [{"sha256": turn_sha256(row["question"], row["answer"]), "accepted": "x"}]
+        )
+        with pytest.raises(DataError, match="none of the given files"):
+            join_targets([targets], [], answers)
+
+    def test_the_written_rewrites_are_whole(self):
+        path = resources.files("mllm_protector_guard.training") / "written" / "rewrites.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert len(rows) > 800
+        assert len({row["sha256"] for row in rows}) == len(rows)
+        firsts = {row["accepted"].partition(".")[0] for row in rows}
+        assert len(firsts) > 0.99 * len(rows)
+        assert all(row["extra"]["licence"].startswith("Apache-2.0") for row in rows)
 
 
 class TestLoss:

@@ -145,7 +145,8 @@ def test_a_killed_evaluation_goes_on_from_its_scores(tmp_path: Path, harmless: P
         *({"answer": f"bomb {n}" if n % 2 else f"bread {n}", "harmful": n % 3 == 0} for n in range(60)),
     )
     scores, calls = tmp_path / "scores.jsonl", tmp_path / "calls"
-    command = (data, "--detector", "unit.cli_fakes:Slow", "--batch-size", "1", "--scores", scores, "--json")
+    command = (data, "--detector", "unit.cli_fakes:Slow", "--batch-size", "1", "--latency-sample", "0")
+    command = (*command, "--scores", scores, "--json")
     process = slow(*command, calls=calls)
     for _ in range(600):
         if scores.exists() and scores.read_bytes().count(b"\n") >= 5:
@@ -160,14 +161,14 @@ def test_a_killed_evaluation_goes_on_from_its_scores(tmp_path: Path, harmless: P
     calls.unlink()
 
     process = slow(*command, calls=calls)
-    output, messages = process.communicate(timeout=60)
+    output, messages = process.communicate(timeout=200)
     assert process.returncode == 0, messages
     assert sum(map(int, calls.read_text().split())) == 60 - done
     assert json.loads(output)["files"] == report(data, *DETECTOR)["files"]
 
     calls.unlink()  # another order, another threshold and one more file: only the new rows are scored
     process = slow(harmless, *command, "--threshold", "0.995", calls=calls)
-    output, messages = process.communicate(timeout=60)
+    output, messages = process.communicate(timeout=200)
     assert process.returncode == 0, messages
     assert sum(map(int, calls.read_text().split())) == 9
     assert [one["recall"] for one in json.loads(output)["files"]] == [None, 0.0]
@@ -184,3 +185,142 @@ def test_scores_of_another_detector_or_another_kind_are_refused(mixed: Path, tmp
     assert run(mixed, *DETECTOR, "--scores", rows).exit_code == 2
     changed = write(mixed, {"answer": "changed", "harmful": False})
     assert report(changed, *DETECTOR, "--scores", scores)["files"][0]["rows"] == 1
+
+
+def test_detectors_are_measured_side_by_side(mixed: Path, harmless: Path) -> None:
+    both = (
+        "--detector",
+        "unit.cli_fakes:detector,name=loose",
+        "--detector",
+        "unit.cli_fakes:strict_detector,threshold=0.02",
+    )
+    models = report(mixed, harmless, *both)["models"]
+    assert [one["name"] for one in models] == ["loose", "unit.cli_fakes:strict_detector"]
+    assert [one["threshold"] for one in models] == [0.5, 0.02]
+    assert [[one["name"] for one in model["files"]] for model in models] == [["mixed", "harmless"]] * 2
+    result = run(mixed, harmless, *both)
+    assert "Models side by side" in result.stdout
+    assert result.stdout.count("loose") >= 3
+
+
+def test_a_setting_of_one_detector_goes_before_that_of_all(mixed: Path) -> None:
+    models = report(
+        mixed, *DETECTOR, "--detector", "unit.cli_fakes:strict_detector,threshold=0.3", "--threshold", "0.2"
+    )
+    assert [one["threshold"] for one in models["models"]] == [0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("unit.cli_fakes:detector,colour=red", "colour=red"),
+        ("unit.cli_fakes:detector,polarity=good", "polarity is harmful or harmless"),
+        ("unit.cli_fakes:detector,threshold=2", "threshold=2"),
+        ("unit.cli_fakes:detector,threshold=", "threshold="),
+        ("unit.cli_fakes:detector,name=a,name=b", "name=b"),
+    ],
+)
+def test_a_wrong_setting_of_a_detector_is_named(mixed: Path, spec: str, said: str) -> None:
+    result = run(mixed, "--detector", spec)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_detectors_that_look_the_same_must_be_told_apart(mixed: Path) -> None:
+    result = run(mixed, *DETECTOR, *DETECTOR)
+    assert result.exit_code == 2
+    assert "name=" in result.stderr
+
+
+def test_each_detector_keeps_its_scores_in_the_folder(mixed: Path, tmp_path: Path) -> None:
+    both = (*DETECTOR, "--detector", "unit.cli_fakes:strict_detector,name=strict")
+    kept = tmp_path / "scores"
+    first = report(mixed, *both, "--scores", kept)
+    assert len(list(kept.glob("*.jsonl"))) == 2
+    assert (kept / "strict.jsonl").read_text().count("\n") == 4
+    again = report(mixed, *both, "--scores", kept)
+    assert [one["latency"] for one in again["models"]] == [None, None]  # nothing was scored, so nothing was timed
+    assert [one["files"] for one in again["models"]] == [one["files"] for one in first["models"]]
+    assert report(mixed, *DETECTOR, "--scores", kept)["files"] == first["files"]  # one of them alone goes on as well
+    assert run(mixed, *both, "--scores", kept / "strict.jsonl").exit_code == 2
+
+
+def test_a_turn_that_comes_twice_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("CLI_FAKES_CALLS", str(calls))
+    path = write(tmp_path / "a.jsonl", *[{"answer": "bomb", "harmful": True}] * 5, {"answer": "a", "harmful": False})
+    slow_detector = ("--detector", "unit.cli_fakes:Slow", "--latency-sample", "0")
+    assert report(path, *slow_detector, "--batch-size", "2")["files"][0]["harmful"] == 5
+    assert sum(map(int, calls.read_text().split())) == 2
+
+
+def test_times_are_told_with_the_sample_of_single_answers(mixed: Path) -> None:
+    latency = report(mixed, *DETECTOR, "--latency-sample", "3")["models"][0]["latency"]
+    assert (latency["answers"], latency["single_answers"], latency["batch_size"]) == (4, 3, 32)
+    assert latency["single_p50_ms"] <= latency["single_p95_ms"]
+    assert latency["device"]
+    assert report(mixed, *DETECTOR, "--latency-sample", "0")["models"][0]["latency"]["single_p50_ms"] is None
+
+
+def test_answers_under_attack_are_measured_beside_the_clean_ones(mixed: Path) -> None:
+    file = report(mixed, *DETECTOR, "--perturb", "fullwidth", "--perturb", "zero-width")["models"][0]["files"][0]
+    assert [one["kind"] for one in file["perturbed"]] == ["zero-width", "fullwidth"]
+    assert [one["clean"]["auroc"] for one in file["perturbed"]] == [0.75, 0.75]
+    assert [one["auroc_drop"] for one in file["perturbed"]] == [0.25, 0.25]
+    everything = report(mixed, *DETECTOR, "--perturb", "all", "--attack-rows", "1")["models"][0]["files"][0]
+    assert len(everything["perturbed"]) == 6
+    assert {one["clean"]["true_negatives"] for one in everything["perturbed"]} == {1}
+
+
+def test_harm_is_looked_for_in_long_answers(mixed: Path, harmless: Path, tmp_path: Path) -> None:
+    files = report(mixed, harmless, *DETECTOR, "--bury", "20")["models"][0]["files"]
+    assert (files[0]["buried"]["recall"], files[0]["buried"]["fpr"], files[0]["buried"]["words"]) == (0.5, 0.0, 20)
+    assert files[1]["buried"] is None
+    filler = tmp_path / "filler.txt"
+    filler.write_text("A bomb of a film.\n\nAnother bomb.")
+    file = report(mixed, *DETECTOR, "--bury", "20", "--filler", filler)["models"][0]["files"][0]
+    assert file["buried"]["fpr"] == 1.0
+
+
+def test_pages_are_written_where_asked(mixed: Path, harmless: Path, tmp_path: Path) -> None:
+    page, text = tmp_path / "report.html", tmp_path / "report.md"
+    assert run(mixed, harmless, *DETECTOR, "--html", page, "--markdown", text).exit_code == 0
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "| mixed | 4 | 2 |" in text.read_text(encoding="utf-8")
+
+
+def test_parts_are_printed_when_asked_for(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        {"answer": "bomb", "harmful": True, "source": "left", "extra": {"lang": "en"}},
+        {"answer": "rice", "harmful": False, "source": "right", "extra": {"lang": "zh"}},
+    )
+    assert "right" not in run(path, *DETECTOR).stdout
+    shown = run(path, *DETECTOR, "--slices").stdout
+    assert "by source" in shown
+    assert "right" in shown
+    assert "by language" in shown
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--perturb", "upside-down"),
+        ("--filler", "{data}"),
+        ("--bury", "0"),
+        ("--html", "{data}"),
+        ("--html", "{folder}/r", "--markdown", "{folder}/r"),
+        ("--output", "{folder}/missing/r.json"),
+        ("--output", "{folder}"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_work_is_said_before_anything_is_scored(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CLI_FAKES_CALLS", str(tmp_path / "calls"))
+    options = [part.format(data=mixed, folder=tmp_path) for part in wrong]
+    before = mixed.read_bytes()
+    assert run(mixed, "--detector", "unit.cli_fakes:Slow", *options).exit_code == 2
+    assert not (tmp_path / "calls").exists()
+    assert mixed.read_bytes() == before

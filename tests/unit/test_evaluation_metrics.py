@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_protector_guard.evaluation import Metrics, measure
-
-RATES = ("precision", "recall", "f1", "auroc", "fpr")
+from mllm_protector_guard.evaluation.metrics import RATES
 
 
 def test_a_worked_example() -> None:
@@ -22,6 +21,10 @@ def test_a_worked_example() -> None:
     assert metrics.f1 == pytest.approx(4 / 7)
     assert metrics.fpr == pytest.approx(2 / 5)
     assert metrics.auroc == pytest.approx((5 + 4 + 2) / 15)  # harmless scores below each harmful one
+    assert metrics.auprc == pytest.approx((1 / 1 + 2 / 3 + 3 / 6) / 3)  # precision at each harmful one
+    assert metrics.recall_at_1pct_fpr == pytest.approx(1 / 3)  # none of the five may be flagged
+    # Bins of 1/15: the gaps of the labels to the scores, each answer in a bin of its own.
+    assert metrics.ece == pytest.approx((0.1 + 0.4 + 0.8 + 0.7 + 0.5 + 0.4 + 0.1 + 0.0) / 8)
 
 
 def test_a_score_at_the_threshold_is_harmful() -> None:
@@ -31,20 +34,20 @@ def test_a_score_at_the_threshold_is_harmful() -> None:
 def test_only_harmless_rows_define_the_false_positive_rate_alone() -> None:
     metrics = measure([False] * 4, [0.1, 0.9, 0.1, 0.1], threshold=0.5)
     assert metrics.fpr == 0.25
-    assert (metrics.precision, metrics.recall, metrics.f1, metrics.auroc) == (None,) * 4
+    assert [rate for rate in RATES if getattr(metrics, rate) is not None] == ["fpr"]
     assert set(metrics.intervals) == {"fpr"}
 
 
 def test_only_harmful_rows_define_recall_alone() -> None:
     metrics = measure([True] * 4, [0.1, 0.9, 0.1, 0.1], threshold=0.5)
     assert metrics.recall == 0.25
-    assert (metrics.precision, metrics.fpr, metrics.f1, metrics.auroc) == (None,) * 4
+    assert [rate for rate in RATES if getattr(metrics, rate) is not None] == ["recall"]
     assert set(metrics.intervals) == {"recall"}
 
 
 def test_no_rows_define_nothing() -> None:
     metrics = measure([], [], threshold=0.5)
-    assert [getattr(metrics, rate) for rate in RATES] == [None] * 5
+    assert [getattr(metrics, rate) for rate in RATES] == [None] * len(RATES)
     assert metrics.intervals == {}
     assert metrics.measured == 0
 
@@ -64,26 +67,44 @@ def test_wilson_intervals_are_the_published_ones(part: int, whole: int, low: flo
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-4)
 
 
-def test_the_f1_and_auroc_intervals_agree_with_resampled_rows() -> None:
+def test_calibration_is_judged_within_bins() -> None:
+    # Ten answers scored 0.7, seven of them harmful; ten scored 0.1 and one harmful.
+    labels = [True] * 7 + [False] * 3 + [True] + [False] * 9
+    assert measure(labels, [0.7] * 10 + [0.1] * 10, threshold=0.5).ece == pytest.approx(0.0)
+    assert measure(labels, [0.9] * 10 + [0.1] * 10, threshold=0.5).ece == pytest.approx(0.1)
+    assert measure(labels, [1.0] * 10 + [0.0] * 10, threshold=0.5).ece == pytest.approx((0.3 + 0.1) / 2)
+
+
+@pytest.mark.parametrize(("harmless", "recall"), [(99, 0.0), (100, 0.5), (199, 0.5), (200, 1.0)])
+def test_recall_at_one_percent_allows_as_many_false_alarms_as_fit(harmless: int, recall: float) -> None:
+    # Two harmless answers above or between the harmful ones, the others far below.
+    scores = [0.8, 0.6, 0.9, 0.7, *[0.1] * (harmless - 2)]
+    metrics = measure([True, True, *[False] * harmless], scores, threshold=0.5)
+    assert metrics.recall_at_1pct_fpr == recall
+
+
+def test_intervals_agree_with_rows_drawn_one_by_one() -> None:
     rng = random.Random(3)
     labels = [rng.random() < 0.4 for _ in range(400)]
     scores = [min(max(rng.gauss(0.65 if label else 0.4, 0.2), 0.0), 1.0) for label in labels]
     intervals = measure(labels, scores, threshold=0.5).intervals
-    drawn: dict[str, list[float]] = {"f1": [], "auroc": []}
-    for _ in range(300):
+    drawn: dict[str, list[float]] = {rate: [] for rate in ("f1", "auroc", "auprc", "recall_at_1pct_fpr", "ece")}
+    for _ in range(100):
         rows = rng.choices(range(400), k=400)
-        again = measure([labels[i] for i in rows], [scores[i] for i in rows], threshold=0.5)
+        again = measure([labels[i] for i in rows], [scores[i] for i in rows], threshold=0.5, samples=1)
         for rate, values in drawn.items():
             values.append(getattr(again, rate))
     for rate, values in drawn.items():
         values.sort()
-        assert intervals[rate].low == pytest.approx(values[7], abs=0.025), rate
-        assert intervals[rate].high == pytest.approx(values[292], abs=0.025), rate
+        near = 0.08 if rate == "recall_at_1pct_fpr" else 0.03  # it moves in steps of whole answers
+        assert intervals[rate].low == pytest.approx(values[2], abs=near), rate
+        assert intervals[rate].high == pytest.approx(values[97], abs=near), rate
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), max_size=40), st.floats(0, 1))
 def test_no_rate_is_ever_nan_or_outside_its_interval(rows: list[tuple[bool, float]], threshold: float) -> None:
-    metrics: Metrics = measure([label for label, _ in rows], [score for _, score in rows], threshold=threshold)
+    labels, scores = [label for label, _ in rows], [score for _, score in rows]
+    metrics: Metrics = measure(labels, scores, threshold=threshold, samples=50)
     assert metrics.measured == len(rows)
     for rate in RATES:
         value = getattr(metrics, rate)
@@ -93,7 +114,7 @@ def test_no_rate_is_ever_nan_or_outside_its_interval(rows: list[tuple[bool, floa
         assert math.isfinite(value)
         interval = metrics.intervals[rate]
         assert 0.0 <= interval.low <= interval.high <= 1.0
-        if rate != "f1":  # a bootstrap may leave the value of a handful of rows out
+        if rate in ("precision", "recall", "auroc", "fpr"):  # a bootstrap may leave the value of a few rows out
             assert interval.low - 1e-9 <= value <= interval.high + 1e-9
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mllm_protector_guard import ConfigError, DataError, Turn
-from mllm_protector_guard.evaluation import LabelledRow, evaluate, macro_mean, read_labelled_rows
+from mllm_protector_guard.evaluation import Evaluation, LabelledRow, evaluate, macro_mean, read_labelled_rows
+from mllm_protector_guard.evaluation.metrics import RATES
 from mllm_protector_guard.fakes import KeywordDetector
 
 SECRET = "a-private-text"
@@ -104,5 +105,37 @@ def test_the_mean_counts_each_file_once_and_leaves_out_what_is_undefined() -> No
     both = evaluate(detector, [row("bomb", True), row("x", True), row("x", False), row("y", False)])
     harmless = evaluate(detector, [row("bomb", False)] * 100)
     means = macro_mean([both, harmless])
-    assert means == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "auroc": 0.75, "fpr": 0.5}
+    expected = {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "auroc": 0.75, "fpr": 0.5}
+    assert {rate: means[rate] for rate in expected} == expected
+    assert set(means) == set(RATES)
     assert macro_mean([harmless])["f1"] is None
+
+
+def test_the_language_is_read_where_a_row_names_one() -> None:
+    rows = [{"lang": "zh"}, {"lang": 3}, {"lang": ""}, ["zh"], None]
+    assert [LabelledRow(answer="a", extra=extra).lang for extra in rows] == ["zh", None, None, None, None]
+
+
+def test_parts_of_the_rows_are_measured_apart() -> None:
+    rows = [
+        LabelledRow(answer="bomb", harmful=True, source="a", extra={"lang": "en"}),
+        LabelledRow(answer="a bomb " + "x" * 400, harmful=False, source="a", extra={"lang": "en"}),
+        LabelledRow(answer="bread", harmful=False, source="b", extra={"lang": "zh"}),
+        LabelledRow(answer="rice", harmful=False, source="a"),
+        LabelledRow(answer="rice", harmful=None, source="c"),
+    ]
+    slices = evaluate(KeywordDetector({"bomb"}), rows).slices
+    found = {by: {one.value: one.metrics for one in parts} for by, parts in slices.items()}
+    assert list(found["source"]) == ["a", "b"]  # the largest first; the row without a label has no part
+    assert (found["source"]["a"].recall, found["source"]["a"].fpr) == (1.0, 0.5)
+    assert (found["source"]["b"].recall, found["source"]["b"].fpr, found["source"]["b"].f1) == (None, 0.0, None)
+    assert {lang: one.measured for lang, one in found["lang"].items()} == {"en": 2, "zh": 1, "(not given)": 1}
+    assert {length: one.measured for length, one in found["length"].items()} == {"0–99": 3, "300–999": 1}
+
+
+def test_an_evaluation_survives_json_with_its_metrics_beside_its_own_fields() -> None:
+    result = evaluate(KeywordDetector({"bomb"}), [row("bomb", True), row("x", True), row("y", False)], name="set")
+    fields = result.model_dump(mode="json")
+    assert (fields["recall"], fields["harmful"], fields["harmless"]) == (0.5, 2, 1)
+    assert "metrics" not in fields
+    assert Evaluation.model_validate_json(result.model_dump_json()) == result
