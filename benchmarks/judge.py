@@ -66,9 +66,7 @@ def training_rows(options: argparse.Namespace) -> tuple[list[LabelledRow], Count
     """The rows that the judge may be trained on, each once, and why others were left out."""
     seen = _seen_by_detector(options)
     excluded = {_plain(row.question or row.answer) for path in options.exclude for _, row in read_labelled_rows(path)}
-    sources = (
-        {*UNSEEN, *(PARTLY_SEEN if options.detector_recipe else ())} if not options.sources else {*options.sources}
-    )
+    sources = set(options.sources) or {*UNSEEN, *(PARTLY_SEEN if options.detector_recipe else ())}
     left_out: Counter[str] = Counter()
     rows: dict[tuple[str, str], LabelledRow] = {}
     for path in options.train:
@@ -133,6 +131,10 @@ def train(options: argparse.Namespace) -> None:
     if (output / JUDGE_FILE).exists():
         raise ConfigError(f"{str(output)!r} already holds a judge; choose another output")
     rows, left_out = training_rows(options)
+    sources = {row.source for row in rows}
+    dev = [row for row in _readable(options.dev) if row.source in sources]
+    if len({row.harmful for row in dev}) < 2:
+        raise ConfigError("--dev needs harmful and harmless rows of the sources that are trained on")
     rng = random.Random(options.seed)  # noqa: S311
     drawn = [row for _ in range(options.epochs) for row in draw(rows, options.rows, options.per_source, rng)]
     counts = Counter(f"{row.source} {'harmful' if row.harmful else 'harmless'}" for row in drawn)
@@ -148,8 +150,6 @@ def train(options: argparse.Namespace) -> None:
     )
     logger.info("training rows: %s; left out: %s", recipe.rows, recipe.left_out)
     fit(drawn, recipe, options, rng)
-    sources = {row.source for row in rows}
-    dev = [row for row in _readable(options.dev) if row.source in sources]
     labels, scores = _scored(Judge(output, recipe), dev)
     threshold = best_threshold(labels, scores)
     metrics = measure(labels, scores, threshold=threshold)

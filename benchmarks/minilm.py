@@ -88,7 +88,7 @@ class Judge:
         """P(harmful) of each answer given its question, in [0, 1], same order.
 
         Raises:
-            DetectorError: An answer is in a script that the judge cannot read.
+            DetectorError: An answer is in a script that the judge cannot read, or a score is no number.
         """
         parts = [
             (index, window)
@@ -103,6 +103,8 @@ class Judge:
                 tensors = self._tokenizer.pad([window for _, window in batch], return_tensors="pt")
                 logits = self._model(**tensors.to(self._model.device)).logits.squeeze(-1)
             for (index, _), score in zip(batch, torch.sigmoid(logits.float()).tolist(), strict=True):
+                if not 0.0 <= score <= 1.0:
+                    raise DetectorError("the judge's score is not a finite number; train it again")
                 scores[index] = max(scores[index], score)
         return scores
 
@@ -128,7 +130,7 @@ class SentenceEmbedder:
         """Float32 [texts, 384]; a text that is longer than the model reads is embedded in parts, and none is cut."""
         parts: list[tuple[int, list[int]]] = []
         for index, text in enumerate(texts):
-            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = _ids(self._tokenizer, text)
             for start in range(0, max(len(ids), 1), _EMBEDDED_TOKENS):
                 parts.append((index, _framed(self._tokenizer, ids[start : start + _EMBEDDED_TOKENS])))
         parts.sort(key=lambda part: len(part[1]))

@@ -120,7 +120,7 @@ class Report:
             )
         if self.config is None:
             yield (
-                f"pass threshold={self.result.threshold:.6g} to load_detector(), GuardPolicy() or --threshold"
+                f"pass threshold={self.result.threshold!r} to load_detector(), GuardPolicy() or --threshold"
                 + ("" if fit is None else "; a detector without guard.json takes no temperature, so it was not applied")
             )
 

@@ -61,7 +61,7 @@ def card(
         stale = [path for path, same in ((_README, before == after), ("guard.json", config == wanted)) if not same]
         if check and stale:
             command = f"mllm-protector card {folder} --evaluation {evaluation}"
-            Messages().say(f"{' and '.join(stale)} of {str(folder)!r} differ from the report; run `{command}`")
+            Messages().say(f"{str(folder)!r}: {' and '.join(stale)} not as in the report; run `{command}`")
             raise typer.Exit(EXIT_FINDING)
         if _README in stale:
             readme.write_text(after, encoding="utf-8", newline="")

@@ -69,7 +69,7 @@ def files_table(model: ModelReport) -> Table:
     table = Table(
         title=f"{model.name}: figures by file",
         note=(
-            f"harmful = positive, threshold {model.threshold:.4g}; below each rate its 95 % interval; R@1% = highest "
+            f"harmful = positive, threshold {model.threshold:.4g}; rates with their 95 % intervals; R@1% = highest "
             "recall at a false positive rate of at most 1 %; ECE in 15 bins of equal width"
         ),
         headings=["file", *counts, *map(heading, RATES)],

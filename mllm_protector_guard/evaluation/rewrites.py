@@ -134,13 +134,13 @@ class Distribution(NamedTuple):
         mean: Arithmetic mean.
         low: 5 % quantile.
         high: 95 % quantile.
-        count: How many values.
+        values: How many there are.
     """
 
     mean: float
     low: float
     high: float
-    count: int
+    values: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Distribution | None:
@@ -148,4 +148,4 @@ class Distribution(NamedTuple):
         if not len(values):
             return None
         low, high = np.quantile(values, (0.05, 0.95))
-        return cls(mean=float(np.mean(values)), low=float(low), high=float(high), count=len(values))
+        return cls(mean=float(np.mean(values)), low=float(low), high=float(high), values=len(values))

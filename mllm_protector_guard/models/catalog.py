@@ -76,13 +76,11 @@ class CatalogEntry:
         name: What users call it.
         licence: Of the base.
         base: The model under both adapters.
-        detoxifier_of: The entry whose detoxifier it takes; None for its own.
     """
 
     name: str
     licence: str
     base: BaseFile
-    detoxifier_of: str | None = None
 
     @property
     def detector(self) -> Path:
@@ -92,7 +90,7 @@ class CatalogEntry:
     @property
     def detoxifier(self) -> Path:
         """Folder of the response detoxifier."""
-        return _WEIGHTS / (self.detoxifier_of or self.name) / "detoxifier"
+        return _WEIGHTS / self.name / "detoxifier"
 
 
 _SMOLLM2_135M_INSTRUCT = BaseFile(
@@ -117,15 +115,9 @@ _SMOLLM2_135M_INSTRUCT = BaseFile(
 _ENTRIES = {
     entry.name: entry
     for entry in (
-        # Trained on rows whose licence allows commercial use.
         CatalogEntry(name="smollm2-135m", licence="Apache-2.0", base=_SMOLLM2_135M_INSTRUCT),
-        # Its detector was trained on more, and is for research.
-        CatalogEntry(
-            name="smollm2-135m-research",
-            licence="Apache-2.0",
-            base=_SMOLLM2_135M_INSTRUCT,
-            detoxifier_of="smollm2-135m",
-        ),
+        # Trained only on rows whose licence allows commercial use.
+        CatalogEntry(name="smollm2-135m-open", licence="Apache-2.0", base=_SMOLLM2_135M_INSTRUCT),
     )
 }
 

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
@@ -34,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Sampling draws from torch's global generator; one rewrite at a time keeps a seed's text the same.
 _GENERATOR_LOCK = threading.Lock()
-# A rewrite that shares so much of the answer in one run gives it back, whatever became of its ends.
-_WHOLE_ANSWER = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +43,12 @@ class LoadedDetoxifier:
     model: PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prompt:
-    ids: list[int]
-    answer: list[int]
-
-
 class TransformersDetoxifier:
     """Implements the `Detoxifier` port; loads its model at the first rewrite, once.
 
     Attempt 0 is decoded greedily; later attempts are sampled, each with its own seed. An answer longer than
     `max_answer_tokens`, and a rewrite that has not ended after `max_new_tokens`, give "" (no rewrite). With
-    `max_copied_tokens` no rewrite repeats a longer run of the answer; only attempt 0 may give it back whole.
+    `max_copied_tokens` no rewrite repeats a longer run of the prompt.
 
     Args:
         config: Template and limits.
@@ -102,8 +93,7 @@ class TransformersDetoxifier:
             CheckpointError: The model cannot be loaded.
         """
         loaded = self._ready()
-        found = [(index, self._prompt(turn, loaded)) for index, turn in enumerate(turns)]
-        prompts = {index: prompt for index, prompt in found if prompt is not None}
+        prompts = [self._prompt(turn, loaded) for turn in turns]
         rewrites = [""] * len(turns)
         for batch in self._batches(prompts):
             for index, text in zip(batch, self._generate(loaded, [prompts[i] for i in batch], attempt), strict=True):
@@ -123,21 +113,22 @@ class TransformersDetoxifier:
                 self._loaded = loaded
             return self._loaded
 
-    def _prompt(self, turn: Turn, loaded: LoadedDetoxifier) -> _Prompt | None:
-        """The prompt; None if the harmful answer is too long to be read whole and rewritten."""
+    def _prompt(self, turn: Turn, loaded: LoadedDetoxifier) -> list[int]:
+        """Token ids of the prompt; none if the harmful answer is too long to be read whole and rewritten."""
         encoded = encode(turn, self._template, loaded.tokenizer)
         prefix = shorten_question(encoded.prefix, self.config.max_question_tokens)
         room = max_tokens(loaded.model) - len(prefix) - len(encoded.suffix) - self.config.max_new_tokens
         limit = min(self.config.max_answer_tokens, room)
         if len(encoded.answer) > limit:
             logger.warning("an answer of %d tokens is not rewritten; at most %d are", len(encoded.answer), limit)
-            return None
-        return _Prompt(ids=[*prefix, *encoded.answer, *encoded.suffix], answer=encoded.answer)
+            return []
+        return [*prefix, *encoded.answer, *encoded.suffix]
 
-    def _batches(self, prompts: dict[int, _Prompt]) -> Iterator[list[int]]:
+    def _batches(self, prompts: list[list[int]]) -> Iterator[list[int]]:
         batch: list[int] = []
-        for index in sorted(prompts, key=lambda i: len(prompts[i].ids)):
-            length = len(prompts[index].ids) + self.config.max_new_tokens
+        written = [i for i, prompt in enumerate(prompts) if prompt]
+        for index in sorted(written, key=lambda i: len(prompts[i])):
+            length = len(prompts[index]) + self.config.max_new_tokens
             if batch and (len(batch) + 1) * length > self._batch_tokens:
                 yield batch
                 batch = []
@@ -145,24 +136,10 @@ class TransformersDetoxifier:
         if batch:
             yield batch
 
-    def _generate(self, loaded: LoadedDetoxifier, prompts: list[_Prompt], attempt: int) -> list[str]:
-        """The rewrites; those that repeat too much of their answer are written again without that freedom."""
-        stops = _stop_tokens(loaded, self._template.end_of_turn)
-        limit = self.config.max_copied_tokens
-        written = self._decode(loaded, prompts, attempt, stops, None if attempt == 0 else limit)
-        if limit is not None and attempt == 0:
-            again = [i for i, p in enumerate(prompts) if _copies_in_part(written[i], p.answer, limit)]
-            fresh = self._decode(loaded, [prompts[i] for i in again], attempt, stops, limit) if again else []
-            for index, row in zip(again, fresh, strict=True):
-                written[index] = row
-        return [_finished_text(row, stops, loaded.tokenizer) for row in written]
-
     @torch.inference_mode()
-    def _decode(
-        self, loaded: LoadedDetoxifier, prompts: list[_Prompt], attempt: int, stops: list[int], limit: int | None
-    ) -> list[list[int]]:
-        """Token ids of each rewrite, up to and with its first stop token."""
+    def _generate(self, loaded: LoadedDetoxifier, prompts: list[list[int]], attempt: int) -> list[str]:
         tokenizer, model = loaded.tokenizer, loaded.model
+        stops, limit = _stop_tokens(loaded, self._template.end_of_turn), self.config.max_copied_tokens
         settings = GenerationConfig(
             max_new_tokens=self.config.max_new_tokens,
             eos_token_id=stops,
@@ -171,24 +148,13 @@ class TransformersDetoxifier:
             encoder_no_repeat_ngram_size=None if limit is None else limit + 1,
             **(self._sampling if attempt else {"do_sample": False}),
         )
-        input_ids, attention_mask = _left_padded([p.ids for p in prompts], tokenizer.pad_token_id, model.device)
+        input_ids, attention_mask = _left_padded(prompts, tokenizer.pad_token_id, model.device)
         with _GENERATOR_LOCK, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed + attempt)
             output = model.generate(  # type: ignore[operator]
                 input_ids=input_ids, attention_mask=attention_mask, generation_config=settings
             )
-        rows: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
-        return [row[: _end(row, stops) + 1] for row in rows]
-
-
-def _end(row: list[int], stops: list[int]) -> int:
-    return next((i for i, token in enumerate(row) if token in stops), len(row))
-
-
-def _copies_in_part(row: list[int], answer: list[int], limit: int) -> bool:
-    """Whether a rewrite shares more than `limit` tokens in a row with the answer, and yet is not that answer."""
-    run = SequenceMatcher(None, row, answer, autojunk=False).find_longest_match().size
-    return limit < run < _WHOLE_ANSWER * len(answer)
+        return [_finished_text(row, stops, tokenizer) for row in output[:, input_ids.shape[1] :].tolist()]
 
 
 def _stop_tokens(loaded: LoadedDetoxifier, end_of_turn: str | None) -> list[int]:
@@ -207,11 +173,12 @@ def _left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.devi
 
 
 def _finished_text(row: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text before the stop token; "" if there is none, for then the text broke off."""
-    if not row or row[-1] not in stops:
+    """The text before the first stop token; "" if there is none, for then the text broke off."""
+    end = next((i for i, token in enumerate(row) if token in stops), None)
+    if end is None:
         logger.warning("a rewrite had not ended after %d tokens and is discarded", len(row))
         return ""
-    return str(tokenizer.decode(row[:-1], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(row[:end], skip_special_tokens=True)).strip()
 
 
 def load_causal_lm(

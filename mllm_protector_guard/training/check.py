@@ -74,13 +74,15 @@ def check_files(
         ConfigError: A file is named twice.
         OSError: A file cannot be read.
     """
-    everything = [*against, *paths]
+    everything = [*paths, *against]
     if len({path.resolve() for path in everything}) < len(everything):
         raise ConfigError("a file is named twice, or is also in --against; name each once")
     reader = _Reader(kind, on_rows)
     hidden = [reader.read(path) for path in against]  # first, so that they lead their groups
     seen = len(reader.turns)
-    evaluation, reader.rows, reader.findings = reader.rows, [], []
+    # What cannot be read of these files could leak unseen, and so is a finding; their other faults are not.
+    unread = [finding for finding in reader.findings if finding.kind == "malformed"]
+    evaluation, reader.rows, reader.findings = reader.rows, [], unread
     files = [reader.read(path) for path in paths]
     groups = leaders(reader.turns, similarity, always_lead=seen)
     findings = [*reader.findings, *_compare(reader.rows, groups, evaluation)]
@@ -91,7 +93,7 @@ def check_files(
             left_out[finding.place.path].setdefault(finding.place.line, finding.kind)
     for place, reason in _contradicted(reader.rows, groups, findings):
         left_out[place.path].setdefault(place.line or 0, reason)
-    order = {path: number for number, path in enumerate(paths)}
+    order = {path: number for number, path in enumerate(everything)}
     findings.sort(key=lambda finding: (order[finding.place.path], finding.place.line or 0))
     return CheckReport(files=files, against=hidden, findings=findings, left_out=dict(left_out))
 
@@ -118,7 +120,7 @@ class _Reader:
             kind = summary.kind or _kind_of(fields)
             model: type[AnswerRow] | type[RewriteRow] = RewriteRow if kind == "triples" else _AnswerFields
             try:
-                row = validate_row(model, {"source": "unknown", **fields}, path=path, line=line)
+                row = validate_row(model, fields, path=path, line=line)
             except DataError as error:
                 self._note_bad(summary, error)
             else:

@@ -188,7 +188,7 @@ def fit(
     trainer = _Trainer(model=model, args=_arguments(run, recipe), train_dataset=rows, data_collator=collate)
     _check_launch(trainer)
     trainer.train(resume_from_checkpoint=last)
-    weights = trained_weights(trainer.model)
+    weights = trained_weights(_module(trainer.model))
     # The main process clears the run folder next, and others may still be writing to it.
     wait_for_all()
     return weights
@@ -256,24 +256,29 @@ class _Trainer(Trainer):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return _ByLength(
             [len(row["input_ids"]) for row in rows],
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             lambda: self.args.seed + int(self.state.epoch or 0),
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained weights; all processes must call this."""
-        weights = trained_weights(self.model)
+        weights = trained_weights(_module(self.model))
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / _WEIGHTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = model or self.model
+        target = _module(model or self.model)
         stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS_FILE)
         if stored.keys() != trained_names(target):
             raise ConfigError(f"the run in {resume_from_checkpoint!r} trained other weights; do not change the recipe")
         load_trained(target, stored)
+
+
+def _module(model: nn.Module | None) -> nn.Module:
+    assert model is not None, "the Trainer always has a model"
+    return model
 
 
 class _ByLength(LengthGroupedSampler):
@@ -284,7 +289,7 @@ class _ByLength(LengthGroupedSampler):
 
     Args:
         lengths: Of all rows, in tokens.
-        batch_size: Rows that a process takes in a step.
+        batch_size: Rows of a step, of all processes together.
         seed: Asked at the beginning of every epoch.
     """
 
@@ -294,7 +299,7 @@ class _ByLength(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self._seed())
-        return super().__iter__()
+        return iter(super().__iter__())
 
 
 def _last_checkpoint(folder: Path) -> str | None:

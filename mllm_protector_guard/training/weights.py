@@ -21,8 +21,8 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     All processes of a run on several devices must call this at the same point; all but the main one get nothing.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
-    return {name: weight.contiguous() for name, weight in weights.items()}
+    weights = get_model_state_dict(model, options=options)
+    return {name: weight.contiguous() for name, weight in weights.items() if isinstance(weight, Tensor)}
 
 
 def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

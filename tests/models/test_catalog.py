@@ -38,18 +38,17 @@ def test_every_source_is_pinned(name):
 def test_the_adapters_lie_in_the_package(name):
     entry = catalog.get(name)
     assert entry.detector.parts[-4:] == ("models", "weights", name, "detector")
-    assert entry.detoxifier.parts[-4:] == ("models", "weights", entry.detoxifier_of or name, "detoxifier")
+    assert entry.detoxifier.parts[-4:] == ("models", "weights", name, "detoxifier")
 
 
 def test_entries_with_one_base_share_its_folder():
-    assert base_folder("smollm2-135m-research") == base_folder("smollm2-135m")
-    assert read_config(catalog.get("smollm2-135m-research").detector).base.name == "smollm2-135m"
+    assert base_folder("smollm2-135m-open") == base_folder("smollm2-135m")
+    assert read_config(catalog.get("smollm2-135m-open").detector).base.name == "smollm2-135m"
 
 
-def test_the_default_may_be_used_commercially_and_research_may_not():
-    default, research = catalog.get("smollm2-135m"), catalog.get("smollm2-135m-research")
-    assert {read_config(folder).licence for folder in (default.detector, default.detoxifier)} == {"Apache-2.0"}
-    assert read_config(research.detector).licence == "CC-BY-NC-4.0"
+def test_the_open_model_may_be_used_commercially():
+    entry = catalog.get("smollm2-135m-open")
+    assert {read_config(folder).licence for folder in (entry.detector, entry.detoxifier)} == {"Apache-2.0"}
 
 
 def test_neither_catalog_nor_pull_imports_torch_or_transformers():

@@ -237,10 +237,12 @@ class TestLeaks:
         assert report.shared == {(detector, hidden): 1, (triples, hidden): 1}
         assert (report.against[0].rows, len(report.files)) == (3, 2)
 
-    def test_the_evaluation_file_itself_is_not_reported_on(self, tmp_path):
-        hidden = written(tmp_path / "eval.jsonl", ["bad line", row("q", "a"), row("q", "a")])
+    def test_of_the_evaluation_file_only_what_cannot_be_read_is_reported(self, tmp_path):
+        hidden = written(tmp_path / "eval.jsonl", ["bad line", row("q", "a"), row("q", "a"), row("q", "")])
         train = written(tmp_path / "train.jsonl", [row("q", "something else")])
-        assert found(check_files([train], against=[hidden])) == []
+        report = check_files([train], against=[hidden])
+        assert [str(finding.place) for finding in report.findings] == [f"{hidden}:1"]
+        assert found(report) == [("malformed", 1)]
 
 
 class TestBalance:

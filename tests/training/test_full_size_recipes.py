@@ -287,6 +287,7 @@ class TestSeveralProcesses:
 
     SHARDED = """
         import sys
+        from pathlib import Path
         import torch
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -303,7 +304,7 @@ class TestSeveralProcesses:
         torch.distributed.init_process_group("gloo")
         recipe = DetectorRecipe.model_validate_json(open(sys.argv[1]).read())
         torch.manual_seed(1)
-        backbone = load_whole(AutoModel, sys.argv[2], bf16=True)
+        backbone = load_whole(AutoModel, Path(sys.argv[2]), bf16=True)
         classifier = PooledClassifier(add_lora(backbone, recipe, "base"), hidden_size=32, pooling="peak")
         model = _WithLoss(classifier, pair_weight=0.25).train()
         before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -67,19 +67,7 @@ class TestLearning:
         limited = load_detoxifier(folder, device="cpu", max_new_tokens=48)
         free = TransformersDetoxifier(limited.config.model_copy(update={"max_copied_tokens": None}), limited._load)
         assert longest(free.rewrite([turn])[0]) > 6
-        assert longest(limited.rewrite([turn])[0]) <= 6
-
-    def test_the_first_attempt_may_give_the_whole_answer_back(self, base, tmp_path):
-        answer = "The cat is in the picture and the garden grew"
-        same = write_rows(
-            tmp_path / "same.jsonl", [{"question": "What is it?", "rejected": answer, "accepted": answer}]
-        )
-        recipe = detoxifier_recipe(base, epochs=60, max_copied_tokens=6)
-        folder = train_detoxifier(recipe, train=[same], output=tmp_path / "out")
-        detoxifier = load_detoxifier(folder, device="cpu", max_new_tokens=48)
-        turn = Turn(question="What is it?", answer=answer)
-        assert detoxifier.rewrite([turn]) == [answer]
-        assert detoxifier.rewrite([turn], attempt=1) != [answer]
+        assert all(longest(limited.rewrite([turn], attempt=attempt)[0]) <= 6 for attempt in (0, 1))
 
 
 class TestTargets:
