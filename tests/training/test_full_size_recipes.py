@@ -131,12 +131,13 @@ def logged_losses(text):
     return [float(json.loads(line)["loss"]) for line in lines]
 
 
-class TestStartingFromADetector:
-    @pytest.fixture(scope="class")
-    def first(self, base, rows, dev, tmp_path_factory):
-        output = tmp_path_factory.mktemp("first") / "detector"
-        return train_detector(detector_recipe(base, epochs=1), train=[rows], dev=[dev], output=output)
+@pytest.fixture(scope="module")
+def first(base, rows, dev, tmp_path_factory):
+    output = tmp_path_factory.mktemp("first") / "detector"
+    return train_detector(detector_recipe(base, epochs=1), train=[rows], dev=[dev], output=output)
 
+
+class TestStartingFromADetector:
     def test_almost_no_training_keeps_its_scores(self, first, base, rows, dev, tmp_path):
         recipe = detector_recipe(base, start_from=str(first), learning_rate=1e-12, epochs=0.1, seed=99)
         second = train_detector(recipe, train=[rows], dev=[dev], output=tmp_path / "second")
