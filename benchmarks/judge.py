@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 LANG = "en"
 
-# None of them is in the recipe of the default detector.
+# None of them is in the recipe smollm2-135m-open-detector, so this judge is one for that model.
 UNSEEN = (
     "pku_saferlhf_dpo",
     "saferlhf_mini",
