@@ -244,7 +244,7 @@ def evaluate(options: argparse.Namespace) -> None:
     judge = Judge(options.judge)
     table = Table(title=f"judge, {LANG} rows; own threshold {judge.threshold:.3f}")
     for column in ("file", "rows", "harmful", "threshold", "accuracy", "F1", "AUROC", "recall", "fpr"):
-        table.add_column(column, justify="left" if column == "file" else "right")
+        table.add_column(column, justify="left" if column == "file" else "right", no_wrap=True)
     found: list[dict[str, Any]] = []
     for path in options.files:
         rows = list(_readable([path]))
@@ -268,7 +268,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("train", help="train a judge on rows that the detector did not see")
     one.set_defaults(run=train)
-    files = {"type": Path, "nargs": "+", "metavar": "FILE"}
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "metavar": "FILE"}
     one.add_argument("--train", **files, required=True, help='lines of {"question", "answer", "harmful", "source"}')
     one.add_argument("--dev", **files, required=True, help="the same; sets the threshold, never trained on")
     one.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the judge")

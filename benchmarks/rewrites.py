@@ -257,7 +257,7 @@ def token_ids_of(detoxifier: TransformersDetoxifier) -> Callable[[str], list[int
 def main() -> None:
     """Measures the rewrites of harmful answers, and what becomes of harmless ones."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    path = {"type": Path, "metavar": "FILE"}
+    path: dict[str, Any] = {"type": Path, "metavar": "FILE"}
     parser.add_argument("--data", **path, nargs="+", required=True, help='lines of {"question", "answer", "harmful"}')
     parser.add_argument("--rows", type=int, default=400, help="harmful rows, as many of each file (400)")
     parser.add_argument("--judge", type=Path, required=True, metavar="DIR", help="what judge.py train wrote")

@@ -255,7 +255,8 @@ def _reference_figures(reference: Sequence[Turn], models: Models) -> Figures:
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->i", one, other)
+    cosines: np.ndarray = np.einsum("ij,ij->i", one, other)
+    return cosines
 
 
 def _share(properties: Iterable[bool]) -> Share:

@@ -133,5 +133,5 @@ class TestShare:
 
 def test_distribution_gives_mean_and_quantiles():
     found = Distribution.of([float(value) for value in range(101)])
-    assert found == Distribution(mean=50.0, low=5.0, high=95.0, count=101)
+    assert found == Distribution(mean=50.0, low=5.0, high=95.0, values=101)
     assert Distribution.of([]) is None
