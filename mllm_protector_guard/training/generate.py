@@ -254,7 +254,7 @@ class _Run:
             "scenario": item.scenario.name,
             "item": item.number,
             "model": self._chat.name,
-            "language": brief.language,
+            "lang": brief.language,
             "image": brief.image,
             "licence": _LICENCE,
         }

@@ -230,14 +230,17 @@ class TestSeveralProcesses:
         import sys
         from pathlib import Path
         import torch
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
+        from accelerate import Accelerator
         from mllm_protector_guard.training import DetectorRecipe, train_detector
 
         recipe, rows, dev, output, report = sys.argv[1:]
         steps = []
-        def keep(optimizer, *_):
-            steps.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
-        register_optimizer_step_pre_hook(keep)
+        clip = Accelerator.clip_grad_norm_
+        def keep(accelerator, parameters, *given, **more):
+            parameters = list(parameters)
+            steps.append([p.grad.clone() for p in parameters if p.grad is not None])
+            return clip(accelerator, parameters, *given, **more)
+        Accelerator.clip_grad_norm_ = keep
         recipe = DetectorRecipe.model_validate_json(Path(recipe).read_text())
         folder = train_detector(recipe, train=[rows], dev=[dev], output=output)
         files = sorted(path.name for path in folder.iterdir())
@@ -293,7 +296,7 @@ class TestSeveralProcesses:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModel
-        from mllm_protector_guard.models.detector import PooledClassifier
+        from mllm_protector_guard.models.pooling import PooledClassifier
         from mllm_protector_guard.training.batches import collate, encode_rows
         from mllm_protector_guard.training.config import DetectorRecipe
         from mllm_protector_guard.training.detector import _WithLoss

@@ -166,7 +166,7 @@ class TestGenerate:
         rows, report = make(plan(), ScriptedChat())
         assert sorted(map(key, rows)) == [(name, number) for name in ("Baking", "Gardening") for number in range(3)]
         assert (report.made, report.missing, report.stopped) == (6, 0, None)
-        assert rows[0]["extra"]["model"] == "scripted"
+        assert (rows[0]["extra"]["model"], rows[0]["extra"]["lang"]) == ("scripted", "English")
         assert "generated" in rows[0]["extra"]["licence"]
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

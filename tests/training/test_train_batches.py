@@ -1,17 +1,16 @@
 """From rows to the loss of a step: pairs, weights, pooling, and how a step is put together."""
 
 import math
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mllm_protector_guard import ConfigError
-from mllm_protector_guard.models.detector import PooledClassifier
+from mllm_protector_guard.models.pooling import PooledClassifier
 from mllm_protector_guard.training import train_detector, train_detoxifier
 from mllm_protector_guard.training.batches import collate, encode_rows
 from mllm_protector_guard.training.config import SourceRecipe
@@ -128,31 +127,29 @@ class TestLoss:
 
 
 class TestSteps:
-    @contextmanager
-    def gradients(self):
-        """Those of the first step, as AdamW gets them."""
+    @pytest.fixture
+    def gradients(self, monkeypatch):
+        """Those of each step, before they are clipped."""
         steps = []
+        clip = Accelerator.clip_grad_norm_
 
-        def keep(optimizer, *_):
-            steps.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+        def keep(accelerator, parameters, *given, **more):
+            parameters = list(parameters)
+            steps.append([p.grad.clone() for p in parameters if p.grad is not None])
+            return clip(accelerator, parameters, *given, **more)
 
-        handle = register_optimizer_step_pre_hook(keep)
-        try:
-            yield steps
-        finally:
-            handle.remove()
+        monkeypatch.setattr(Accelerator, "clip_grad_norm_", keep)
+        return steps
 
-    def compare(self, train):
-        with self.gradients() as whole:
-            train(batch_size=8, gradient_accumulation=1)
-        with self.gradients() as summed:
-            train(batch_size=1, gradient_accumulation=8)
-        assert len(whole) == len(summed) == 1
-        assert any(gradient.abs().max() > 1e-3 for gradient in whole[0])
-        for one, two in zip(whole[0], summed[0], strict=True):
+    def compare(self, train, gradients):
+        train(batch_size=8, gradient_accumulation=1)
+        train(batch_size=1, gradient_accumulation=8)
+        whole, summed = gradients
+        assert any(gradient.abs().max() > 1e-3 for gradient in whole)
+        for one, two in zip(whole, summed, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 
-    def test_a_detectors_step_is_the_same_in_one_batch_and_in_eight(self, base, dev, tmp_path):
+    def test_a_detectors_step_is_the_same_in_one_batch_and_in_eight(self, base, dev, tmp_path, gradients):
         """With rows of unequal length and weight, and with pairs in some batches alone."""
         rows = [{**r, "source": "heavy" if i < 3 else "chat"} for i, r in enumerate(answer_rows(6, seed=4))]
         rows = [{**r, "question": f"What is {i}?"} for i, r in enumerate(rows)]
@@ -166,9 +163,9 @@ class TestSteps:
             )
             train_detector(recipe, train=[file], dev=[dev], output=tmp_path / str(fields["batch_size"]))
 
-        self.compare(train)
+        self.compare(train, gradients)
 
-    def test_a_detoxifiers_step_is_the_same_in_one_batch_and_in_eight(self, base, tmp_path):
+    def test_a_detoxifiers_step_is_the_same_in_one_batch_and_in_eight(self, base, tmp_path, gradients):
         """Its mean is over tokens, and these rewrites have 1 to 36 words."""
         rows = [
             {"question": "q", "rejected": f"bad {i}", "accepted": "bread " * (1 + 5 * i), "source": f"s{i % 2}"}
@@ -180,7 +177,7 @@ class TestSteps:
             recipe = detoxifier_recipe(base, epochs=1, sources={"s1": SourceRecipe(weight=3.0)}, **fields)
             train_detoxifier(recipe, train=[file], output=tmp_path / str(fields["batch_size"]))
 
-        self.compare(train)
+        self.compare(train, gradients)
 
     def test_no_row_left_is_refused(self, base, dev, tmp_path):
         blank = write_rows(tmp_path / "blank.jsonl", [{"answer": "\u200b", "harmful": True}])
