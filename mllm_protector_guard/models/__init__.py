@@ -221,7 +221,8 @@ def _make_detoxifier(
     max_new_tokens: int | None,
     seed: int,
 ) -> TransformersDetoxifier:
-    from mllm_protector_guard.models.detoxifier import TransformersDetoxifier, load_causal_lm
+    from mllm_protector_guard.models.causal_lm import load_causal_lm
+    from mllm_protector_guard.models.detoxifier import TransformersDetoxifier
 
     folder = _folder(model, "detoxifier", revision, local_files_only)
     if (folder / CONFIG_FILE).exists():

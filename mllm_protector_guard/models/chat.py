@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from mllm_protector_guard.models import catalog
 from mllm_protector_guard.models.placement import Placement
 
 if TYPE_CHECKING:
-    from mllm_protector_guard.models.detoxifier import LoadedDetoxifier
+    from mllm_protector_guard.models.causal_lm import LoadedCausalLM
 
 __all__ = ["LocalChat", "load_chat"]
 
@@ -41,7 +40,7 @@ def load_chat(
         ConfigError: It has no chat template.
     """
     from mllm_protector_guard.models.backbone import resolve_folder
-    from mllm_protector_guard.models.detoxifier import load_causal_lm
+    from mllm_protector_guard.models.causal_lm import load_causal_lm
     from mllm_protector_guard.models.pull import ensure_base
 
     if str(model) in catalog.names():
@@ -64,41 +63,22 @@ class LocalChat:
         max_new_tokens: Longest reply in tokens.
     """
 
-    def __init__(self, name: str, loaded: LoadedDetoxifier, *, temperature: float, max_new_tokens: int) -> None:
+    def __init__(self, name: str, loaded: LoadedCausalLM, *, temperature: float, max_new_tokens: int) -> None:
         self.name = name
         self._loaded = loaded
         self._sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         self._max_new_tokens = max_new_tokens
-        self._lock = threading.Lock()
 
     def reply(self, messages: Sequence[Mapping[str, str]], *, seed: int) -> str:
         """The reply; "" if it had not ended after `max_new_tokens` or does not fit into the model."""
-        import torch
-        from transformers import GenerationConfig
-
         from mllm_protector_guard.models.backbone import max_tokens
+        from mllm_protector_guard.models.causal_lm import generate
 
-        tokenizer, model = self._loaded.tokenizer, self._loaded.model
+        tokenizer = self._loaded.tokenizer
         chat = [dict(message) for message in messages]
         prompt = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if len(ids) + self._max_new_tokens > max_tokens(model):
+        if len(ids) + self._max_new_tokens > max_tokens(self._loaded.model):
             return ""
-        ends = model.generation_config.eos_token_id
-        stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        settings = GenerationConfig(
-            max_new_tokens=self._max_new_tokens,
-            eos_token_id=sorted(stops),
-            pad_token_id=tokenizer.pad_token_id,
-            **self._sampling,
-        )
-        input_ids = torch.tensor([ids], device=model.device)
-        # Sampling draws from torch's global generator.
-        with self._lock, torch.inference_mode(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings
-            )
-        written: list[int] = output[0, len(ids) :].tolist()
-        end = next((place for place, token in enumerate(written) if token in stops), None)
-        return "" if end is None else str(tokenizer.decode(written[:end], skip_special_tokens=True)).strip()
+        (text,) = generate(self._loaded, [ids], seed=seed, max_new_tokens=self._max_new_tokens, **self._sampling)
+        return text or ""

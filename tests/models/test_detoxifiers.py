@@ -10,8 +10,9 @@ from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mllm_protector_guard import ConfigError, Turn, load_detoxifier
+from mllm_protector_guard.models.causal_lm import LoadedCausalLM
 from mllm_protector_guard.models.checkpoint import BaseReference, DetoxifierConfig
-from mllm_protector_guard.models.detoxifier import LoadedDetoxifier, TransformersDetoxifier
+from mllm_protector_guard.models.detoxifier import TransformersDetoxifier
 from models.tiny import (
     OFFICIAL_DETOXIFIER,
     OFFICIAL_DETOXIFIER_BASE,
@@ -49,7 +50,7 @@ def scripted(text, *, tokenizer=None, **fields):
     model = Scripted(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
     given = {"template": "chatml", "max_new_tokens": 64, "revision": "0", "licence": "MIT", **fields}
     config = DetoxifierConfig(base=BaseReference(name="none"), **given)
-    return TransformersDetoxifier(config, lambda: LoadedDetoxifier(tokenizer=tokenizer, model=model)), model
+    return TransformersDetoxifier(config, lambda: LoadedCausalLM(tokenizer=tokenizer, model=model)), model
 
 
 class TestWriting:

@@ -12,8 +12,8 @@ import transformers
 
 from mllm_protector_guard import GuardPolicy, Outcome, Turn, load_detector, load_detoxifier, load_guard
 from mllm_protector_guard.fakes import KeywordDetector
+from mllm_protector_guard.models import causal_lm
 from mllm_protector_guard.models import detector as detector_module
-from mllm_protector_guard.models import detoxifier as detoxifier_module
 
 TURN = Turn(question="q", answer="a")
 
@@ -22,7 +22,7 @@ TURN = Turn(question="q", answer="a")
 def loads(monkeypatch):
     """The name of each model that is put into memory."""
     seen = []
-    for module in (detector_module, detoxifier_module):
+    for module in (detector_module, causal_lm):
         plain = module.load_model
 
         def load_model(auto, *arguments, _plain=plain, **more):
