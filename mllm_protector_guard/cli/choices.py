@@ -28,6 +28,7 @@ class ModelChoice:
         detector: Name, folder, hub id, or import string `module:attribute`.
         detector_polarity: As in `load_detector`.
         detector_template: As in `load_detector`.
+        detector_label: As in `load_detector`; an object that is imported has none.
         detoxifier: Name, folder, hub id, or import string.
         detoxifier_template: As in `load_detoxifier`.
         device: As in `load_detector`.
@@ -39,6 +40,7 @@ class ModelChoice:
     detector: str | None = None
     detector_polarity: Literal["harmful", "harmless"] | None = None
     detector_template: str | None = None
+    detector_label: str | None = None
     detoxifier: str | None = None
     detoxifier_template: str | None = None
     device: str = "auto"
@@ -53,7 +55,7 @@ class ModelChoice:
             CheckpointError: The model cannot be found.
         """
         name = self.detector or self.model
-        if _IMPORT_STRING.fullmatch(name):
+        if _IMPORT_STRING.fullmatch(name) and self.detector_label is None:
             return cast(HarmDetector, _imported(name, method="score"))
         from mllm_protector_guard import load_detector
 
@@ -62,6 +64,7 @@ class ModelChoice:
             device=self.device,
             dtype=self.dtype,
             local_files_only=self.offline or None,
+            label=self.detector_label,
             polarity=self.detector_polarity,
             template=self.detector_template,
         )
@@ -92,6 +95,7 @@ class ModelChoice:
             detector=_identity(self.detector or self.model),
             detector_polarity=self.detector_polarity,
             detector_template=self.detector_template,
+            detector_label=self.detector_label,
         )
 
     def detoxifier_settings(self) -> dict[str, str]:

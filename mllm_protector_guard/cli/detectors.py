@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 
 from mllm_protector_guard.cli.choices import ModelChoice
 from mllm_protector_guard.errors import ConfigError
-from mllm_protector_guard.ports import HarmDetector
 
 __all__ = ["DetectorChoice", "choose_detectors", "weights_sha256"]
 
@@ -26,40 +25,12 @@ class DetectorChoice:
     Attributes:
         name: What reports call it.
         models: Where it is and how it is read.
-        label: The label to read of a foreign detector; None if it has only one.
         threshold: Scores at or above it count as harmful; None takes the detector's own.
     """
 
     name: str
     models: ModelChoice
-    label: str | None = None
     threshold: float | None = None
-
-    def load(self) -> HarmDetector:
-        """The detector, not yet warm.
-
-        Raises:
-            ConfigError: A setting is missing or does not apply.
-            CheckpointError: The model cannot be found.
-        """
-        if self.label is None:
-            return self.models.load_detector()
-        from mllm_protector_guard import load_detector
-
-        return load_detector(
-            self.models.detector or self.models.model,
-            device=self.models.device,
-            dtype=self.models.dtype,
-            local_files_only=self.models.offline or None,
-            label=self.label,
-            polarity=self.models.detector_polarity,
-            template=self.models.detector_template,
-        )
-
-    def settings(self) -> dict[str, str]:
-        """What decides on the scores; what is not given is left out."""
-        settings = self.models.detector_settings()
-        return settings if self.label is None else {**settings, "detector_label": self.label}
 
     def weights_sha256(self) -> str | None:
         """That of its checkpoint; see `weights_sha256`."""
@@ -75,7 +46,6 @@ def choose_detectors(
     detectors: Sequence[str],
     models: Sequence[str],
     *,
-    label: str | None,
     threshold: float | None,
     shared: ModelChoice,
 ) -> list[DetectorChoice]:
@@ -84,24 +54,23 @@ def choose_detectors(
     Args:
         detectors: `NAME` or `NAME,setting=value,...`; see `--detector`.
         models: Names or folders of pairs, whose detectors are meant. Without any detector, that of `shared.model`.
-        label: Of detectors that do not say their own.
-        threshold: Likewise.
-        shared: Polarity, template, device and dtype of detectors that do not say their own.
+        threshold: Of detectors that do not say their own.
+        shared: Polarity, label, template, device and dtype, likewise; the pairs of `models` have no label to choose.
 
     Raises:
         ConfigError: A setting is unknown or has no such value, or two detectors cannot be told apart.
     """
-    named = [(name, replace(shared, model=name), dict[str, str]()) for name in models]
+    own = replace(shared, detector_label=None)
+    named = [(name, replace(own, model=name), dict[str, str]()) for name in models]
     for text in detectors:
         name, settings = _parsed(text)
         named.append((name, replace(shared, detector=name, **_reading(text, settings)), settings))
     if not named:
-        named = [(shared.model, shared, {})]
+        named = [(shared.model, own, {})]
     choices = [
         DetectorChoice(
             name=settings.get("name") or _short(name),
             models=choice,
-            label=settings.get("label", label if choice.detector else None),
             threshold=_threshold(settings["threshold"]) if "threshold" in settings else threshold,
         )
         for name, choice, settings in named
@@ -150,8 +119,9 @@ def _reading(text: str, settings: dict[str, str]) -> dict[str, Any]:
         if settings["polarity"] not in _POLARITIES:
             raise ConfigError(f"--detector {text!r}: polarity is harmful or harmless, what a high output means")
         reading["detector_polarity"] = cast(Literal["harmful", "harmless"], settings["polarity"])
-    if "template" in settings:
-        reading["detector_template"] = settings["template"]
+    for name in ("template", "label"):
+        if name in settings:
+            reading[f"detector_{name}"] = settings[name]
     return reading
 
 

@@ -188,12 +188,12 @@ def evaluate(
         choices = choose_detectors(
             detector or [],
             model or [],
-            label=detector_label,
             threshold=threshold,
             shared=ModelChoice(
                 model=_DEFAULT_MODEL,
                 detector_polarity=detector_polarity,
                 detector_template=detector_template,
+                detector_label=detector_label,
                 device=device,
                 dtype=dtype,
                 offline=offline,
@@ -288,7 +288,7 @@ def _measure(choices: list[DetectorChoice], plan: Plan, kept: Path | None) -> Re
     from mllm_protector_guard.evaluation.report_json import Report
 
     # All are found before one is loaded, so that a wrong name shows at once; one at a time is in memory.
-    guards = [scoring_guard(choice.load(), threshold=choice.threshold) for choice in choices]
+    guards = [scoring_guard(choice.models.load_detector(), threshold=choice.threshold) for choice in choices]
     score_paths = score_files(kept, [choice.name for choice in choices])
     models: list[ModelReport] = []
     with Messages().progress as progress:

@@ -173,7 +173,7 @@ def measure_model(
     from mllm_protector_guard.evaluation.report_json import ModelReport
 
     inputs = [file.path for file in plan.data]
-    with ScoreKeeper(kept, choice.settings(), inputs) as keeper:
+    with ScoreKeeper(kept, choice.models.detector_settings(), inputs) as keeper:
         stopwatch = Stopwatch(sample=plan.latency_sample)
         bench = _Bench(name=choice.name, guard=guard, keeper=keeper, stopwatch=stopwatch, plan=plan, progress=progress)
         scored = {file.name: bench.scored_rows(file) for file in plan.data}
@@ -186,7 +186,7 @@ def measure_model(
         pooled = summarise(rows, threshold=guard.threshold, name=_POOLED, malformed=malformed)
     return ModelReport(
         name=choice.name,
-        **choice.settings(),
+        **choice.models.detector_settings(),
         weights_sha256=choice.weights_sha256(),
         threshold=guard.threshold,
         files=files,
