@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError("scikit-learn", "train") from error
 
-__all__ = ["FALSE_ALARM_SHARE", "RATES", "Interval", "Measured", "Metrics", "measure"]
+__all__ = ["FALSE_ALARM_SHARE", "RATES", "Interval", "Measured", "Metrics", "measure", "wilson"]
 
 RATES = ("precision", "recall", "f1", "auroc", "auprc", "fpr", "recall_at_1pct_fpr", "ece")
 """The rates of `Metrics`, in the order reports show them."""
@@ -145,10 +145,10 @@ def measure(labels: Sequence[bool], harm_scores: Sequence[float], *, threshold: 
         "ece": _ece(truth, scores) if both else None,
     }
     intervals: dict[str, Interval | None] = {
-        "precision": _wilson(tp, tp + fp) if both else None,
-        "recall": _wilson(tp, positives),
+        "precision": wilson(tp, tp + fp) if both else None,
+        "recall": wilson(tp, positives),
         "auroc": None if rates["auroc"] is None else _hanley_mcneil(rates["auroc"], positives, negatives),
-        "fpr": _wilson(fp, negatives),
+        "fpr": wilson(fp, negatives),
     }
     if both:
         ends = bootstrap(truth, scores, threshold=threshold, false_alarm_share=FALSE_ALARM_SHARE, samples=samples)
@@ -177,13 +177,15 @@ def _ece(truth: np.ndarray, scores: np.ndarray) -> float:
     return float(np.abs(gaps).sum() / len(scores))
 
 
-def _wilson(part: int, whole: int) -> Interval | None:
+def wilson(part: int, whole: int) -> Interval | None:
+    """Wilson's 95 % interval (1927) of a share; None of nothing."""
     if not whole:
         return None
     share, z2 = part / whole, _Z95**2
     center = (share + z2 / (2 * whole)) / (1 + z2 / whole)
     half = _Z95 * math.sqrt(share * (1 - share) / whole + z2 / (4 * whole**2)) / (1 + z2 / whole)
-    return _clipped(center - half, center + half)
+    # At the ends of the range the interval ends there too, which rounding must not move.
+    return _clipped(center - half if part else 0.0, center + half if part < whole else 1.0)
 
 
 def _hanley_mcneil(auroc: float, positives: int, negatives: int) -> Interval:

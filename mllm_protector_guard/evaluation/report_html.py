@@ -11,12 +11,9 @@ from mllm_protector_guard.evaluation.report_json import Report
 from mllm_protector_guard.evaluation.report_tables import (
     Cell,
     Table,
-    buried_table,
     comparison_table,
     files_table,
-    latency_table,
-    perturbed_table,
-    published_table,
+    model_tables,
     slice_tables,
 )
 from mllm_protector_guard.evaluation.svg import LINE_STYLES, Line, histogram, reliability_diagram, roc_chart
@@ -52,9 +49,7 @@ def _sections(report: Report) -> Iterator[tuple[str, str]]:
     for model in report.models:
         yield _section(files_table(model))
     yield "Curves", _pictures(report)
-    for table in (published_table(report), perturbed_table(report), buried_table(report), latency_table(report)):
-        if table is not None:
-            yield _section(table)
+    yield from map(_section, model_tables(report))
     for model in report.models:
         yield from map(_section, slice_tables(model))
 
@@ -66,10 +61,9 @@ def _section(table: Table) -> tuple[str, str]:
     groups = "".join(
         f"<tbody>{''.join(f'<tr>{_row(row, table)}</tr>' for row in group)}</tbody>" for group in table.groups
     )
-    note = table.note[:1].upper() + table.note[1:]
     return table.title, (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">'
-        f'<table><thead><tr>{heads}</tr></thead>{groups}</table></div><p class="note">{escape(note.rstrip("."))}.</p>'
+        f'<table><thead><tr>{heads}</tr></thead>{groups}</table></div><p class="note">{escape(table.sentence)}</p>'
     )
 
 

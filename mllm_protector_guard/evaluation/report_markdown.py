@@ -12,6 +12,7 @@ from mllm_protector_guard.evaluation.report_tables import (
     comparison_table,
     files_table,
     latency_table,
+    model_tables,
     perturbed_table,
     published_table,
     slice_tables,
@@ -22,11 +23,9 @@ __all__ = ["card_section", "to_markdown"]
 
 def to_markdown(report: Report) -> str:
     """The whole report as a page of Markdown."""
-    tables: list[Table | None] = []
-    if len(report.models) > 1:
-        tables.append(comparison_table(report))
+    tables = [comparison_table(report)] if len(report.models) > 1 else []
     tables += [files_table(model) for model in report.models]
-    tables += [published_table(report), perturbed_table(report), buried_table(report), latency_table(report)]
+    tables += model_tables(report)
     for model in report.models:
         tables += slice_tables(model)
     return f"# Evaluation\n\n{_measured_with(report.version)}\n\n{_sections(tables, level=2)}"
@@ -48,7 +47,7 @@ def _measured_with(version: str) -> str:
 
 def _sections(tables: Iterable[Table | None], *, level: int) -> str:
     return "\n".join(
-        f"{'#' * level} {_escaped(table.title)}\n\n{_drawn(table)}\n\n{_sentence(table.note)}\n"
+        f"{'#' * level} {_escaped(table.title)}\n\n{_drawn(table)}\n\n{table.sentence}\n"
         for table in tables
         if table is not None
     )
@@ -77,8 +76,3 @@ def _escaped(text: str) -> str:
     for character in "\\`*_[]<>|":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())
-
-
-def _sentence(note: str) -> str:
-    text = note[:1].upper() + note[1:]
-    return text if text.endswith(".") else f"{text}."

@@ -18,6 +18,7 @@ __all__ = [
     "comparison_table",
     "files_table",
     "latency_table",
+    "model_tables",
     "perturbed_table",
     "published_table",
     "slice_tables",
@@ -60,6 +61,17 @@ class Table:
     headings: Sequence[str]
     texts: int = 1
     groups: list[list[list[Cell]]] = field(default_factory=list)
+
+    @property
+    def sentence(self) -> str:
+        """The note as a sentence."""
+        return f"{self.note[:1].upper()}{self.note[1:].removesuffix('.')}."
+
+
+def model_tables(report: Report) -> list[Table]:
+    """Those that hold all models and are there: published figures, attacks, long answers, latency."""
+    tables = (published_table(report), perturbed_table(report), buried_table(report), latency_table(report))
+    return [table for table in tables if table is not None]
 
 
 def files_table(model: ModelReport) -> Table:

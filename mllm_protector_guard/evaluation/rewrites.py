@@ -9,14 +9,9 @@ from collections.abc import Hashable, Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
-from mllm_protector_guard.errors import MissingDependencyError
-from mllm_protector_guard.evaluation.metrics import Interval
+import numpy as np
 
-try:
-    import numpy as np
-    from scipy.stats import binomtest
-except ImportError as error:
-    raise MissingDependencyError("scipy", "train") from error
+from mllm_protector_guard.evaluation.metrics import Interval, wilson
 
 __all__ = [
     "Distinctness",
@@ -121,10 +116,7 @@ class Share(NamedTuple):
     @property
     def interval(self) -> Interval | None:
         """Wilson's 95 % interval (1927); None of nothing."""
-        if not self.whole:
-            return None
-        ends = binomtest(self.part, self.whole).proportion_ci(0.95, method="wilson")
-        return Interval(low=float(ends.low), high=float(ends.high))
+        return wilson(self.part, self.whole)
 
 
 class Distribution(NamedTuple):
