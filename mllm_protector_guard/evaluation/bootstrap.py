@@ -9,17 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-__all__ = ["ECE_BINS", "bootstrap", "ece_bin"]
+from mllm_protector_guard.ece import ECE_BINS, ece_bin
 
-ECE_BINS = 15
-"""Bins of equal width over [0, 1], as in Guo et al. (2017)."""
+__all__ = ["bootstrap"]
 
 _CELLS_AT_ONCE = 2_000_000
-
-
-def ece_bin(scores: np.ndarray) -> np.ndarray:
-    """The bin of each score, int64 in [0, 15); a score on an edge belongs to the upper bin, 1 to the last."""
-    return np.minimum((scores * ECE_BINS).astype(np.int64), ECE_BINS - 1)
 
 
 def bootstrap(

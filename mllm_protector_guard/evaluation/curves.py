@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from sklearn.metrics import roc_curve
 
-from mllm_protector_guard.evaluation.bootstrap import ECE_BINS, ece_bin
+from mllm_protector_guard.ece import ECE_BINS, ece_bin
 
 __all__ = ["HISTOGRAM_BINS", "Curves", "ReliabilityBin", "RocPoint", "curves_of"]
 

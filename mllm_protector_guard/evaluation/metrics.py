@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from mllm_protector_guard.ece import expected_calibration_error
 from mllm_protector_guard.errors import MissingDependencyError
 
 try:
     import numpy as np
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-    from mllm_protector_guard.evaluation.bootstrap import ECE_BINS, bootstrap, ece_bin
+    from mllm_protector_guard.evaluation.bootstrap import bootstrap
 except ImportError as error:
     raise MissingDependencyError("scikit-learn", "train") from error
 
@@ -142,7 +143,7 @@ def measure(labels: Sequence[bool], harm_scores: Sequence[float], *, threshold: 
         "auprc": float(average_precision_score(truth, scores)) if both else None,
         "fpr": _share(fp, negatives),
         "recall_at_1pct_fpr": _recall_at(truth, scores, FALSE_ALARM_SHARE) if both else None,
-        "ece": _ece(truth, scores) if both else None,
+        "ece": expected_calibration_error(truth, scores) if both else None,
     }
     intervals: dict[str, Interval | None] = {
         "precision": wilson(tp, tp + fp) if both else None,
@@ -170,11 +171,6 @@ def _share(part: int, whole: int) -> float | None:
 def _recall_at(truth: np.ndarray, scores: np.ndarray, false_alarm_share: float) -> float:
     fpr, recall, _ = roc_curve(truth, scores, drop_intermediate=False)
     return float(recall[fpr <= false_alarm_share].max())
-
-
-def _ece(truth: np.ndarray, scores: np.ndarray) -> float:
-    gaps = np.bincount(ece_bin(scores), weights=scores - truth, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(scores))
 
 
 def wilson(part: int, whole: int) -> Interval | None:

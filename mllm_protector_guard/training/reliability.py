@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 
+from mllm_protector_guard.ece import expected_calibration_error
 from mllm_protector_guard.errors import ConfigError
 from mllm_protector_guard.training.calibrate import (
     Bools,
@@ -18,11 +19,10 @@ from mllm_protector_guard.training.calibrate import (
     to_scores,
 )
 
-__all__ = ["BINS", "FOLDS", "Reliability", "cross_fit", "measure_reliability", "question_folds"]
+__all__ = ["FOLDS", "Reliability", "cross_fit", "measure_reliability", "question_folds"]
 
 Rows = NDArray[np.intp]
 
-BINS = 15
 FOLDS = 5
 
 
@@ -33,9 +33,7 @@ class Reliability:
     Attributes:
         rows: How many answers.
         harmful: How many of them are harmful.
-        ece: Expected calibration error, [0, 1]: |mean score - share of harmful answers| of the rows in each of 15
-            bins of equal width over P(harmful), weighted by rows (Guo et al., arXiv 1706.04599, equation 3, for the
-            harmful class).
+        ece: Expected calibration error, [0, 1]; see `expected_calibration_error`.
         brier: Mean squared difference of score and label, [0, 1].
         nll: Mean negative log-likelihood, nats a row.
     """
@@ -55,13 +53,10 @@ def measure_reliability(log_odds: Floats, harmful: Bools) -> Reliability:
         harmful: bool [rows].
     """
     scores, labels = to_scores(log_odds), harmful.astype(np.float64)
-    bins = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
-    # Rows of a bin times its gap is the size of the sum of its differences.
-    gaps = np.abs(np.bincount(bins, weights=scores - labels, minlength=BINS))
     return Reliability(
         rows=harmful.size,
         harmful=int(harmful.sum()),
-        ece=float(gaps.sum() / harmful.size),
+        ece=expected_calibration_error(harmful, scores),
         brier=float(np.square(scores - labels).mean()),
         nll=float(np.logaddexp(0.0, np.where(harmful, -log_odds, log_odds)).mean()),
     )
