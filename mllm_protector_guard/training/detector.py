@@ -20,7 +20,7 @@ from mllm_protector_guard.models.detector import TransformersDetector, load_pool
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.models.pooling import PooledClassifier
 from mllm_protector_guard.training.batches import collate, encode_rows
-from mllm_protector_guard.training.calibrate import choose_threshold, fit_temperature
+from mllm_protector_guard.training.calibrate import choose_threshold, fit_temperature, to_log_odds, to_scores
 from mllm_protector_guard.training.config import DetectorRecipe
 from mllm_protector_guard.training.rows import AnswerRow, choose, licensed, read_training_rows
 from mllm_protector_guard.training.trainer import (
@@ -206,10 +206,9 @@ def calibrated(
     )
     scores = np.array(detector.score([Turn(question=row.question, answer=row.answer) for row in rows]))
     harmful = np.array([bool(row.harmful) for row in rows])
-    clipped = np.clip(scores, 1e-7, 1.0 - 1e-7)
-    logits = np.log(clipped / (1.0 - clipped))
-    temperature = fit_temperature(logits, harmful)
-    calibrated = 1.0 / (1.0 + np.exp(-logits / temperature))
+    log_odds = to_log_odds(scores)
+    temperature = fit_temperature(log_odds, harmful)
+    calibrated = to_scores(log_odds / temperature)
     with_harm = {row.source for row in rows if row.harmful}
     benign = np.array([row.source not in with_harm for row in rows])
     counted = np.array([_counts(row, recipe) for row in rows]) & ~benign
