@@ -29,7 +29,17 @@ from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.training.config import Recipe
 from mllm_protector_guard.training.weights import load_trained, trained_names, trained_weights
 
-__all__ = ["add_lora", "fit", "save_adapter"]
+__all__ = [
+    "add_lora",
+    "finish",
+    "fit",
+    "is_done",
+    "is_main_process",
+    "load_adapter_weights",
+    "load_whole",
+    "save_adapter",
+    "wait_for_all",
+]
 
 logger = logging.getLogger(__name__)
 
