@@ -14,7 +14,7 @@ from mllm_protector_guard import __version__
 from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.calibration_rows import Answers, read_answers, score_answers
 from mllm_protector_guard.cli.choices import ModelChoice
-from mllm_protector_guard.cli.console import EXIT_FINDING, Messages, exit_codes
+from mllm_protector_guard.cli.console import EXIT_FINDING, Messages, exit_codes, report_console
 from mllm_protector_guard.cli.scores import ScoreKeeper
 from mllm_protector_guard.errors import ConfigError
 
@@ -219,14 +219,11 @@ def _calibrated(
 
 
 def _show(report: Report, choice: ModelChoice, *, as_json: bool) -> None:
-    from rich.console import Console
-
     if as_json:
         fields = {"version": __version__, **choice.detector_settings(), **report.to_json()}
         print(json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        # A file or pipe has no width of its own; a narrow default would fold the tables.
-        console = Console(width=None if sys.stdout.isatty() else 120)
+        console = report_console()
         for table in report.to_tables():
             console.print(table)
     messages = Messages()

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mllm_protector_guard.errors import CheckpointError, ConfigError, GuardError, MissingDependencyError
 
-__all__ = ["EXIT_FINDING", "EXIT_USAGE", "Messages", "exit_codes"]
+__all__ = ["EXIT_FINDING", "EXIT_USAGE", "Messages", "exit_codes", "report_console"]
 
 EXIT_FINDING = 1
 """The command ran; a row failed, or what was asked about was found."""
@@ -47,6 +47,15 @@ class Messages:
     def say(self, message: str) -> None:
         """Writes one line; above the bar when there is one."""
         self._console.print(f"mllm-protector: {message}", markup=False, soft_wrap=True)
+
+
+def report_console(width: int = 120) -> Console:
+    """Standard output for tables; a file or pipe has no width of its own, and a narrow one would fold them.
+
+    Args:
+        width: Characters of a line where there is no terminal.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mllm_protector_guard import __version__
-from mllm_protector_guard.cli.console import EXIT_FINDING, Messages, exit_codes
+from mllm_protector_guard.cli.console import EXIT_FINDING, Messages, exit_codes, report_console
 from mllm_protector_guard.cli.generate import generate
 from mllm_protector_guard.errors import ConfigError
 
@@ -112,17 +112,13 @@ def check(
 
 
 def _print_report(report: CheckReport, max_findings: int, *, as_json: bool) -> None:
-    from rich.console import Console
-
     from mllm_protector_guard.training.findings import to_json, to_tables
 
     if as_json:
         fields = {"version": __version__, **to_json(report, max_findings=max_findings)}
         print(json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    # A file or pipe has no width of its own; a narrow default would fold the table.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(to_tables(report, max_findings=max_findings), soft_wrap=not sys.stdout.isatty())
+    report_console().print(to_tables(report, max_findings=max_findings), soft_wrap=not sys.stdout.isatty())
 
 
 def _write_clean(report: CheckReport, folder: Path, messages: Messages, *, force: bool) -> None:

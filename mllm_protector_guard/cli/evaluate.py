@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +14,7 @@ from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.choices import ModelChoice
 from mllm_protector_guard.cli.console import EXIT_FINDING, Messages, exit_codes
 from mllm_protector_guard.cli.detectors import DetectorChoice, choose_detectors
+from mllm_protector_guard.cli.report_targets import ReportTargets
 from mllm_protector_guard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -199,54 +198,13 @@ def evaluate(
                 offline=offline,
             ),
         )
-        targets = _Targets(as_json=as_json, output=output, markdown=markdown, html=html, slices=slices)
+        targets = ReportTargets(as_json=as_json, output=output, markdown=markdown, html=html, slices=slices)
         targets.require_apart_from([*files, *([filler] if filler else [])])
         with redirect_stdout(sys.stderr):  # standard output is for the report, whatever a detector prints
             plan = _plan(files, batch_size, latency_sample, perturb or [], bury, filler, attack_rows)
             report = _measure(choices, plan, scores)
         targets.write(report)
         raise typer.Exit(_findings(report))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Targets:
-    """Where the report goes."""
-
-    as_json: bool
-    output: Path | None
-    markdown: Path | None
-    html: Path | None
-    slices: bool
-
-    def require_apart_from(self, inputs: Sequence[Path]) -> None:
-        """Refuses to write over what is read, or two forms of the report into one file, before hours of scoring."""
-        written = [path for path in (self.output, self.markdown, self.html) if path is not None]
-        for path in written:
-            if any(path.exists() and path.samefile(one) for one in inputs):
-                raise ConfigError(f"{str(path)!r} is an input; write the report to another file")
-            if not path.resolve().parent.is_dir() or path.is_dir():
-                raise ConfigError(f"{str(path)!r} cannot be written; name a file in a folder that is there")
-        if len({path.resolve() for path in written}) < len(written):
-            raise ConfigError("--output, --markdown and --html name the same file; give each its own")
-
-    def write(self, report: Report) -> None:
-        from rich.console import Console
-
-        from mllm_protector_guard.evaluation.report_html import to_html
-        from mllm_protector_guard.evaluation.report_json import write_json
-        from mllm_protector_guard.evaluation.report_markdown import to_markdown
-        from mllm_protector_guard.evaluation.report_terminal import to_terminal
-
-        for path, make in ((self.output, write_json), (self.markdown, to_markdown), (self.html, to_html)):
-            if path is not None:
-                path.write_text(make(report).rstrip("\n") + "\n", encoding="utf-8")
-        if self.as_json:
-            print(write_json(report))
-            return
-        # A file or pipe has no width of its own; a narrow default would fold the tables.
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        for table in to_terminal(report, slices=self.slices):
-            console.print(table)
 
 
 def _plan(
