@@ -1,11 +1,7 @@
 import hashlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -15,8 +11,8 @@ from typer.testing import CliRunner, Result
 
 from mllm_protector_guard import Guard, GuardPolicy, Turn, load_detector
 from mllm_protector_guard.cli.main import app
+from unit.cli_processes import start, wait_for_lines
 
-REPOSITORY = Path(__file__).parents[2]
 READER = ("--detector", "unit.calibrate_fakes:reader")
 SECRET = "a-private-text"
 _WORDS = ["bread", "garden", "picture", "weather", "cat", "water", "salt", "mild"]
@@ -252,37 +248,20 @@ class TestCopy:
         assert refused(run(*command, "-o", checkpoint, "--force"), "overlap")
 
 
-def slow(*args: str | Path | float, calls: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "mllm_protector_guard.cli", "calibrate", *map(str, args)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
-            "CLI_FAKES_CALLS": str(calls),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 def test_a_killed_calibration_goes_on_from_its_scores(safe: Path, tmp_path: Path) -> None:
     scores, calls = tmp_path / "scores.jsonl", tmp_path / "calls"
     small = ("--safe", safe, "--max-fpr", 0.05, "--json")
     command = (*small, "--detector", "unit.calibrate_fakes:SlowReader", "--batch-size", 1, "--scores", scores)
-    process = slow(*command, calls=calls)
-    for _ in range(2400):
-        if scores.exists() and scores.read_bytes().count(b"\n") >= 5:
-            break
-        time.sleep(0.05)
+    process = start("calibrate", *command, calls=calls, text=True)
+    wait_for_lines(scores, 5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     done = scores.read_bytes().count(b"\n")
     assert 5 <= done < 99
     calls.unlink()
 
-    process = slow(*command, calls=calls)
+    process = start("calibrate", *command, calls=calls, text=True)
     output, messages = process.communicate(timeout=200)
     assert process.returncode == 0, messages
     assert sum(map(int, calls.read_text().split())) == 99 - done

@@ -1,9 +1,6 @@
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,7 @@ from typer.testing import CliRunner, Result
 
 from mllm_protector_guard.cli.main import app
 from training.chat_server import Answer, ChatServer, draft, good, serving
-
-REPOSITORY = Path(__file__).parents[2]
+from unit.cli_processes import start, wait_for_lines
 
 
 def run(*args: str | Path, env: dict[str, str] | None = None) -> Result:
@@ -215,16 +211,8 @@ class TestGenerate:
         server.script = slow
         out = tmp_path / "out.jsonl"
         command = [*at(server), "--count", "20", "-o", str(out), "--concurrency", "2"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mllm_protector_guard.cli", "data", *command],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for _ in range(2400):
-            if out.exists() and out.read_bytes().count(b"\n") >= 4:
-                break
-            time.sleep(0.05)
+        process = start("data", *command)
+        wait_for_lines(out, 4)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL

@@ -1,9 +1,5 @@
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +7,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mllm_protector_guard.cli.main import app
+from unit.cli_processes import start, wait_for_lines
 
-REPOSITORY = Path(__file__).parents[2]
 DETECTOR = ("--detector", "unit.cli_fakes:detector")
 SECRET = "a-private-text"
 
@@ -125,20 +121,6 @@ def test_wrong_usage_is_exit_code_2(mixed: Path, tmp_path: Path) -> None:
     assert run(mixed, "--detector", "unit.cli_fakes:broken").exit_code == 2
 
 
-def slow(*args: str | Path, calls: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "mllm_protector_guard.cli", "evaluate", *map(str, args)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
-            "CLI_FAKES_CALLS": str(calls),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_killed_evaluation_goes_on_from_its_scores(tmp_path: Path, harmless: Path) -> None:
     data = write(
         tmp_path / "data.jsonl",
@@ -147,11 +129,8 @@ def test_a_killed_evaluation_goes_on_from_its_scores(tmp_path: Path, harmless: P
     scores, calls = tmp_path / "scores.jsonl", tmp_path / "calls"
     command = (data, "--detector", "unit.cli_fakes:Slow", "--batch-size", "1", "--latency-sample", "0")
     command = (*command, "--scores", scores, "--json")
-    process = slow(*command, calls=calls)
-    for _ in range(4000):  # a busy machine takes its time to start Python
-        if scores.exists() and scores.read_bytes().count(b"\n") >= 5:
-            break
-        time.sleep(0.05)
+    process = start("evaluate", *command, calls=calls, text=True)
+    wait_for_lines(scores, 5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     scores.write_bytes(scores.read_bytes() + b'{"half a r')
@@ -160,14 +139,14 @@ def test_a_killed_evaluation_goes_on_from_its_scores(tmp_path: Path, harmless: P
     assert b"bomb" not in scores.read_bytes()
     calls.unlink()
 
-    process = slow(*command, calls=calls)
+    process = start("evaluate", *command, calls=calls, text=True)
     output, messages = process.communicate(timeout=200)
     assert process.returncode == 0, messages
     assert sum(map(int, calls.read_text().split())) == 60 - done
     assert json.loads(output)["files"] == report(data, *DETECTOR)["files"]
 
     calls.unlink()  # another order, another threshold and one more file: only the new rows are scored
-    process = slow(harmless, *command, "--threshold", "0.995", calls=calls)
+    process = start("evaluate", harmless, *command, "--threshold", "0.995", calls=calls, text=True)
     output, messages = process.communicate(timeout=200)
     assert process.returncode == 0, messages
     assert sum(map(int, calls.read_text().split())) == 9

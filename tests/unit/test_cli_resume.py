@@ -1,17 +1,14 @@
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from mllm_protector_guard.cli.main import app
+from unit.cli_processes import start, wait_for_lines
 
-REPOSITORY = Path(__file__).parents[2]
 SCORE = ("score", "--detector", "unit.cli_fakes:detector")
 
 
@@ -32,27 +29,6 @@ def out(tmp_path: Path) -> Path:
 
 def run(*args: str | Path, stdin: bytes | None = None) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
-
-
-def start(*args: str | Path, calls: Path) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "mllm_protector_guard.cli", *map(str, args)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
-            "CLI_FAKES_CALLS": str(calls),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_for_lines(path: Path, count: int) -> None:
-    for _ in range(600):
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} did not get {count} lines")
 
 
 def whole(source: Path, tmp_path: Path) -> bytes:
