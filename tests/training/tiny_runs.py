@@ -8,11 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mllm_protector_guard import Turn
 from mllm_protector_guard.models.checkpoint import BaseReference
 from mllm_protector_guard.training import DetectorRecipe, DetoxifierRecipe
 from mllm_protector_guard.training.config import LoraRecipe
 
 HARMFUL_WORD = "knife"
+REWRITES = [
+    {"question": f"What is {i}?", "rejected": f"You are {word}.", "accepted": f"Bake {word} bread."}
+    for i, word in enumerate(["mild", "salt", "cat", "flour", "yeast", "water", "garden", "weather"])
+]
 _WORDS = ["bread", "garden", "picture", "weather", "cat", "water", "salt", "mild"]
 
 
@@ -60,3 +65,7 @@ def _common(base: Path) -> dict[str, Any]:
         "licence": "MIT",
         "seed": 3,
     }
+
+
+def turns(rows, field="answer"):
+    return [Turn(question=row["question"], answer=row[field]) for row in rows]
