@@ -69,6 +69,8 @@ class _Common(_Strict):
     """What both recipes hold.
 
     Attributes:
+        start_from: A model of the same kind (catalog name or folder) whose adapter, and head, is trained on; None
+            starts afresh.
         sources: By `file:<name before the first dot>`, else by the row's `source:lang` where it has `extra.lang`, else
             by its `source`; other rows follow `other_sources`.
         licences: Regular expression that a row's `extra.licence` must match from its beginning; other rows, and those
@@ -80,6 +82,7 @@ class _Common(_Strict):
     """
 
     base: BaseReference
+    start_from: str | None = None
     template: str = "chatml"
     lora: LoraRecipe = LoraRecipe()
     sources: dict[str, SourceRecipe] = {}
@@ -105,7 +108,6 @@ class DetectorRecipe(_Common):
     """A harm detector.
 
     Attributes:
-        start_from: A detector (catalog name or folder) whose adapter and head are trained on; None starts afresh.
         layers: Decoder layers of the base that are kept; None for all.
         max_answer_tokens: Longer answers are read from their beginning while training.
         crop_share: Share of rows whose answer is cut at a random length, so that length tells nothing.
@@ -122,7 +124,6 @@ class DetectorRecipe(_Common):
     """
 
     kind: Literal["detector"] = "detector"
-    start_from: str | None = None
     layers: int | None = Field(default=None, ge=1)
     pooling: Pooling = "mean"
     peak_tokens: int = Field(default=64, ge=1)

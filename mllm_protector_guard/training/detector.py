@@ -13,27 +13,23 @@ from torch import Tensor, nn
 from transformers import AutoModel, set_seed
 
 from mllm_protector_guard.errors import ConfigError
-from mllm_protector_guard.models import catalog
 from mllm_protector_guard.models.backbone import load_tokenizer, resolve_base
-from mllm_protector_guard.models.checkpoint import HEAD_FILE, BaseReference, DetectorConfig, read_config
+from mllm_protector_guard.models.checkpoint import HEAD_FILE, DetectorConfig
 from mllm_protector_guard.models.detector import TransformersDetector, load_pooled
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.models.pooling import PooledClassifier
+from mllm_protector_guard.training.adapters import (
+    add_lora,
+    load_adapter_weights,
+    load_whole,
+    save_adapter,
+    starting_point,
+)
 from mllm_protector_guard.training.batches import collate, encode_rows
 from mllm_protector_guard.training.calibrate import choose_threshold, fit_temperature, to_log_odds, to_scores
 from mllm_protector_guard.training.config import DetectorRecipe
 from mllm_protector_guard.training.rows import AnswerRow, choose, licensed, read_training_rows
-from mllm_protector_guard.training.trainer import (
-    add_lora,
-    finish,
-    fit,
-    is_done,
-    is_main_process,
-    load_adapter_weights,
-    load_whole,
-    save_adapter,
-    wait_for_all,
-)
+from mllm_protector_guard.training.trainer import finish, fit, is_done, is_main_process, wait_for_all
 from mllm_protector_guard.training.weights import below
 from mllm_protector_guard.types import Turn
 
@@ -119,23 +115,11 @@ def _classifier(recipe: DetectorRecipe, base: Path) -> PooledClassifier:
 
 
 def _start_from(classifier: PooledClassifier, recipe: DetectorRecipe) -> None:
-    name = str(recipe.start_from)
-    folder = catalog.get(name).detector if name in catalog.names() else Path(name)
-    config = read_config(folder)
-    same = (
-        isinstance(config, DetectorConfig)
-        and config.polarity == "harmful"
-        and _identity(config.base) == _identity(recipe.base)
-        and (config.layers, config.template) == (recipe.layers, recipe.template)
-    )
-    if not same:
-        raise ConfigError(f"start_from {name!r} is no detector on the base, layers and template of this recipe")
+    folder, config = starting_point(recipe)
+    if not (isinstance(config, DetectorConfig) and config.polarity == "harmful" and config.layers == recipe.layers):
+        raise ConfigError(f"start_from {recipe.start_from!r} has other layers or another polarity than this recipe")
     load_adapter_weights(classifier.backbone, folder)
     classifier.head.load_state_dict(load_file(folder / HEAD_FILE))
-
-
-def _identity(base: BaseReference) -> tuple[str | None, ...]:
-    return (base.sha256,) if base.sha256 else (base.name, base.revision)
 
 
 class _WithLoss(nn.Module):

@@ -18,19 +18,17 @@ from mllm_protector_guard.models.checkpoint import DetoxifierConfig
 from mllm_protector_guard.models.detector import pad
 from mllm_protector_guard.models.legible import legible
 from mllm_protector_guard.models.prompts import DETOXIFIER_TEMPLATES, encode, shorten, special_tokens, template
+from mllm_protector_guard.training.adapters import (
+    add_lora,
+    load_adapter_weights,
+    load_whole,
+    save_adapter,
+    starting_point,
+)
 from mllm_protector_guard.training.config import DetoxifierRecipe
 from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, licensed, read_training_rows
 from mllm_protector_guard.training.targets import join_targets
-from mllm_protector_guard.training.trainer import (
-    add_lora,
-    finish,
-    fit,
-    is_done,
-    is_main_process,
-    load_whole,
-    save_adapter,
-    wait_for_all,
-)
+from mllm_protector_guard.training.trainer import finish, fit, is_done, is_main_process, wait_for_all
 from mllm_protector_guard.training.weights import below
 from mllm_protector_guard.types import Turn
 
@@ -95,6 +93,8 @@ def train_detoxifier(
         licence=recipe.licence,
     )
     adapted = add_lora(load_whole(AutoModelForCausalLM, base, bf16=recipe.bf16), recipe, recipe.base.name)
+    if recipe.start_from is not None:
+        load_adapter_weights(adapted, starting_point(recipe)[0])
     encoded = _encode(rows, recipe, tokenizer)
     model = _TargetLoss(adapted).train()
     trained = fit(model, encoded, lambda batch: _collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)

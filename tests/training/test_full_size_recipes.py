@@ -137,8 +137,8 @@ class TestStartingFromADetector:
         [
             ({"lora": LoraRecipe(rank=4, dropout=0.0)}, "another rank"),
             ({"lora": LoraRecipe(rank=8, dropout=0.0, first_layer=1)}, "other layers"),
-            ({"layers": 3}, "base, layers and template"),
-            ({"template": "protector"}, "base, layers and template"),
+            ({"layers": 3}, "layers or another polarity"),
+            ({"template": "protector"}, "base and template"),
         ],
         ids=["rank", "adapted layers", "layers", "template"],
     )
@@ -150,7 +150,7 @@ class TestStartingFromADetector:
     def test_another_base_of_the_same_shape_is_refused(self, first, base, rows, dev, tmp_path):
         other = shutil.copytree(base, tmp_path / "other")
         recipe = detector_recipe(other, start_from=str(first))
-        with pytest.raises(ConfigError, match="base, layers and template"):
+        with pytest.raises(ConfigError, match="base and template"):
             train_detector(recipe, train=[rows], dev=[dev], output=tmp_path / "second")
 
     def test_one_whose_high_logit_means_harmless_is_refused(self, first, base, rows, dev, tmp_path):

@@ -141,7 +141,7 @@ class TestSeveralProcesses:
         from mllm_protector_guard.training.config import DetectorRecipe
         from mllm_protector_guard.training.detector import _WithLoss
         from mllm_protector_guard.training.rows import AnswerRow
-        from mllm_protector_guard.training.trainer import add_lora, load_whole
+        from mllm_protector_guard.training.adapters import add_lora, load_whole
         from mllm_protector_guard.training.weights import load_trained, trained_names, trained_weights
         from models.tiny import chat_tokenizer
 
