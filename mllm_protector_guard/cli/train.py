@@ -44,13 +44,34 @@ def detector(
     ],
     output: Output,
     recipe: Recipe = "smollm2-135m-detector",
+    pairs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='Lines of {"question", "rejected", "accepted"}, the answers that labels are for.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='Lines of {"sha256", "harmful"}: labels of answers in --pairs, to train on.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    dev_labels: Annotated[
+        list[Path] | None,
+        typer.Option(help="The same, for temperature and threshold.", exists=True, dir_okay=False),
+    ] = None,
     overrides: Overrides = None,
     resume: Resume = False,
     offline: Offline = False,
 ) -> None:
     """Train a harm detector, calibrate it on the dev files, and print its folder.
 
-    The folder serves as `--detector DIR` of the other commands. Give `--train` and `--dev` once a file.
+    The folder serves as `--detector DIR` of the other commands. Give `--train`, `--dev`, `--pairs`,
+    `--labels` and `--dev-labels` once a file.
     """
     with exit_codes(), _training_log():
         from mllm_protector_guard.training import DetectorRecipe, load_recipe, train_detector
@@ -60,7 +81,15 @@ def detector(
             raise ConfigError(f"recipe {recipe!r} is for a {chosen.kind}")
         with redirect_stdout(sys.stderr):  # the trainer prints its losses
             folder = train_detector(
-                chosen, train=train, dev=dev, output=output, resume=resume, local_files_only=offline or None
+                chosen,
+                train=train,
+                dev=dev,
+                pairs=pairs or (),
+                labels=labels or (),
+                dev_labels=dev_labels or (),
+                output=output,
+                resume=resume,
+                local_files_only=offline or None,
             )
         print(folder)
 

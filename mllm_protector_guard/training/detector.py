@@ -28,7 +28,8 @@ from mllm_protector_guard.training.adapters import (
 from mllm_protector_guard.training.batches import collate, encode_rows
 from mllm_protector_guard.training.calibrate import choose_threshold, fit_temperature, to_log_odds, to_scores
 from mllm_protector_guard.training.config import DetectorRecipe
-from mllm_protector_guard.training.rows import AnswerRow, choose, licensed, read_training_rows
+from mllm_protector_guard.training.labels import join_labels
+from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, licensed, read_training_rows
 from mllm_protector_guard.training.trainer import finish, fit, is_done, is_main_process, wait_for_all
 from mllm_protector_guard.training.weights import below
 from mllm_protector_guard.types import Turn
@@ -43,6 +44,9 @@ def train_detector(
     *,
     train: Sequence[str | Path],
     dev: Sequence[str | Path],
+    pairs: Sequence[str | Path] = (),
+    labels: Sequence[str | Path] = (),
+    dev_labels: Sequence[str | Path] = (),
     output: str | Path,
     resume: bool = False,
     local_files_only: bool | None = None,
@@ -53,6 +57,9 @@ def train_detector(
         recipe: What to train and how.
         train: Files of `{"question", "answer", "harmful", "source"}` rows.
         dev: The same, for temperature and threshold; never trained on.
+        pairs: Files of `{"question", "rejected", "accepted"}` rows, whose answers `labels` and `dev_labels` are for.
+        labels: Files of `{"sha256", "harmful"}`, labels of answers in `pairs` (see `labels.py`).
+        dev_labels: The same, for temperature and threshold.
         output: The checkpoint folder; unfinished work is kept in `output/run`.
         resume: Go on with an unfinished run; a finished one stays as it is.
         local_files_only: Fetch no base model.
@@ -69,9 +76,11 @@ def train_detector(
     if is_done(folder, resume=resume):
         return folder
     set_seed(recipe.seed)
-    readable = licensed(read_training_rows(train, AnswerRow), recipe.licences)
-    rows = choose(readable, recipe.sources, recipe.other_sources, recipe.seed)
-    dev_rows = calibration_rows(licensed(read_training_rows(dev, AnswerRow), recipe.licences), recipe)
+    both = read_training_rows(pairs, RewriteRow)
+    known = read_training_rows(train, AnswerRow) + join_labels(labels, both)
+    rows = choose(licensed(known, recipe.licences), recipe.sources, recipe.other_sources, recipe.seed)
+    known = read_training_rows(dev, AnswerRow) + join_labels(dev_labels, both)
+    dev_rows = calibration_rows(licensed(known, recipe.licences), recipe)
     base = resolve_base(recipe.base, local_files_only=local_files_only)
     tokenizer = load_tokenizer(base, padding_side="right")
     config = _checkpoint_config(recipe)
