@@ -46,27 +46,30 @@ def join_targets(
 
     Args:
         paths: Files of `{"sha256", "accepted"}`.
-        rewrites: Rows whose `rejected` a target may be for.
+        rewrites: Rows whose `rejected` a target may be for; or whose `accepted`, since the better of two answers can
+            be a harmful one.
         answers: Harmful answers that a target may be for.
 
     Raises:
         DataError: A line does not fit, or no row has its hash.
     """
-    found: dict[str, RewriteRow | AnswerRow] = {turn_sha256(row.question, row.rejected): row for row in rewrites}
+    found: dict[str, tuple[RewriteRow | AnswerRow, str]] = {}
+    for pair in rewrites:
+        for answer in (pair.rejected, pair.accepted):
+            found.setdefault(turn_sha256(pair.question, answer), (pair, answer))
     for row in answers:
         if row.harmful:
-            found.setdefault(turn_sha256(row.question, row.answer), row)
+            found.setdefault(turn_sha256(row.question, row.answer), (row, row.answer))
     joined: list[RewriteRow] = []
     for path in paths:
         name = Path(path).name.partition(".")[0]
         missing = 0
         for line, fields in read_rows(path):
             target = validate_row(Target, fields, path=path, line=line)
-            owner = found.get(target.sha256)
-            if owner is None:
+            if target.sha256 not in found:
                 missing += 1
                 continue
-            rejected = owner.rejected if isinstance(owner, RewriteRow) else owner.answer
+            owner, rejected = found[target.sha256]
             joined.append(
                 RewriteRow(
                     question=owner.question,
