@@ -34,14 +34,12 @@ from mllm_protector_guard.evaluation import LabelledRow, measure, read_labelled_
 from mllm_protector_guard.models.backbone import load_model, load_tokenizer
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.timelimit import TimeLimit
-from mllm_protector_guard.training import DetectorRecipe, load_recipe
-from mllm_protector_guard.training.rows import AnswerRow, choose, licensed, read_training_rows
 
 logger = logging.getLogger(__name__)
 
 LANG = "en"
 
-# None of them is in the recipe smollm2-135m-open-detector, so this judge is one for that model.
+# No recipe of smollm2-135m-open takes them, so a judge that learned from them is one for that model.
 UNSEEN = (
     "pku_saferlhf_dpo",
     "saferlhf_mini",
@@ -50,23 +48,18 @@ UNSEEN = (
     "vlguard",
     "safety_tuned_llamas",
     "alpaca",
-    "code_alpaca",
     "safety_only_alpaca_dolly",
     "lima",
     "safetyj_jade",
     "cdialbias",
 )
-# The recipe draws a part of it; the rest is taken when --detector-recipe tells which.
-PARTLY_SEEN = ("gptfuzz",)
-
 _BATCH = 128
 
 
 def training_rows(options: argparse.Namespace) -> tuple[list[LabelledRow], Counter[str]]:
     """The rows that the judge may be trained on, each once, and why others were left out."""
-    seen = _seen_by_detector(options)
     excluded = {_plain(row.question or row.answer) for path in options.exclude for _, row in read_labelled_rows(path)}
-    sources = set(options.sources) or {*UNSEEN, *(PARTLY_SEEN if options.detector_recipe else ())}
+    sources = set(options.sources or UNSEEN)
     left_out: Counter[str] = Counter()
     rows: dict[tuple[str, str], LabelledRow] = {}
     for path in options.train:
@@ -76,7 +69,6 @@ def training_rows(options: argparse.Namespace) -> tuple[list[LabelledRow], Count
             key = (_plain(row.question or ""), _plain(row.answer))
             reason = (
                 "other language" if row.lang not in (None, LANG)
-                else "seen by the detector" if key in seen
                 else "question excluded" if key[0] in excluded
                 else "repeated" if key in rows
                 else None
@@ -86,18 +78,6 @@ def training_rows(options: argparse.Namespace) -> tuple[list[LabelledRow], Count
             else:
                 rows[key] = row
     return list(rows.values()), left_out
-
-
-def _seen_by_detector(options: argparse.Namespace) -> set[tuple[str, str]]:
-    """The questions and answers that the detector's recipe draws, which is decided by its seed."""
-    if not options.detector_recipe:
-        return set()
-    recipe = load_recipe(options.detector_recipe, overrides=options.detector_set)
-    if not isinstance(recipe, DetectorRecipe):
-        raise ConfigError(f"recipe {options.detector_recipe!r} is for a {recipe.kind}")
-    rows = licensed(read_training_rows(options.detector_train or options.train, AnswerRow), recipe.licences)
-    drawn = choose(rows, recipe.sources, recipe.other_sources, recipe.seed)
-    return {(_plain(row.question or ""), _plain(row.answer)) for row, _ in drawn}
 
 
 def _plain(text: str) -> str:
@@ -145,7 +125,6 @@ def train(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
         seed=options.seed,
         rows=dict(counts.most_common()),
-        detector_recipe=Path(options.detector_recipe).name if options.detector_recipe else None,
         left_out=dict(left_out),
     )
     logger.info("training rows: %s; left out: %s", recipe.rows, recipe.left_out)
@@ -274,9 +253,6 @@ def main() -> None:
     one.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the judge")
     one.add_argument("--exclude", **files, default=[], help="no row is taken whose question is in these files")
     one.add_argument("--sources", nargs="+", default=[], help="sources to take instead of the usual ones")
-    one.add_argument("--detector-recipe", metavar="NAME|FILE", help="leave out the rows that this recipe draws")
-    one.add_argument("--detector-train", **files, default=[], help="the detector's files in its order; else --train")
-    one.add_argument("--detector-set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of that recipe")
     one.add_argument("--rows", type=int, default=6000, help="rows an epoch, half of them harmful (6000)")
     one.add_argument("--per-source", type=int, default=1500, help="most rows of a source and label an epoch (1500)")
     one.add_argument("--epochs", type=int, default=2, help="draws of the rows (2)")

@@ -45,7 +45,6 @@ class JudgeRecipe(BaseModel):
         max_tokens: Length of a window: question, answer part and special tokens.
         max_question_tokens: A longer question is read without its middle.
         rows: Rows drawn, over all epochs, by source and label.
-        detector_recipe: File name of the recipe whose rows were left out, if one was given.
         left_out: Rows that were not taken, by reason.
     """
 
@@ -60,7 +59,6 @@ class JudgeRecipe(BaseModel):
     learning_rate: float
     seed: int
     rows: dict[str, int] = {}
-    detector_recipe: str | None = None
     left_out: dict[str, int] = {}
     dev: Metrics | None = None
 

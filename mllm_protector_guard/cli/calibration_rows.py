@@ -81,6 +81,7 @@ class Answers:
         """The scores with their labels, without rows that have no score."""
         import numpy as np
 
+        from mllm_protector_guard.evaluation.bury import count_words
         from mllm_protector_guard.training.recalibrate import LabelledScores
 
         scored = [index for index, score in enumerate(self.scores) if score is not None]
@@ -89,7 +90,7 @@ class Answers:
             scores=np.array([self.scores[index] for index in scored], dtype=np.float64),
             harmful=np.array([labels[index] for index in scored], dtype=bool),
             questions=tuple(questions[index] for index in scored),
-            words=np.array([len(rows[index].answer.split()) for index in scored], dtype=np.int64),
+            words=np.array([count_words(rows[index].answer) for index in scored], dtype=np.int64),
         )
 
 

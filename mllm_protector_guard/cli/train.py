@@ -91,7 +91,7 @@ def detector(
                 resume=resume,
                 local_files_only=offline or None,
             )
-        print(folder)
+        _print_once(folder)
 
 
 @app.command()
@@ -143,6 +143,14 @@ def detoxifier(
                 resume=resume,
                 local_files_only=offline or None,
             )
+        _print_once(folder)
+
+
+def _print_once(folder: Path) -> None:
+    """Prints the folder, in one of the processes of a run on several devices."""
+    from mllm_protector_guard.training.trainer import is_main_process
+
+    if is_main_process():
         print(folder)
 
 

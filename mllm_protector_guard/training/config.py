@@ -118,9 +118,12 @@ class DetectorRecipe(_Common):
             write them, so that a disclaimer is no proof of harmlessness.
         pair_weight: Weight of the ranking term -log sigmoid(r_harmful - r_harmless) over pairs of answers to one
             question, which the official code adds to the cross-entropy; 0 makes no pairs.
-        calibration_rows: Rows of the dev files for temperature and threshold, those of `metric_sources` first.
+        calibration_rows: Rows of the dev files for temperature and threshold, those of `metric_sources` and
+            `fpr_sources` first.
         max_fpr: Highest false positive rate on harmless-only dev sources that the threshold may cause.
         metric_sources: Dev sources whose F1 the threshold maximises within `max_fpr`; empty for all.
+        fpr_sources: The harmless-only dev sources that count for `max_fpr`; empty for all. A source with wrong labels
+            does not belong here.
     """
 
     kind: Literal["detector"] = "detector"
@@ -139,6 +142,7 @@ class DetectorRecipe(_Common):
     calibration_rows: int = Field(default=2000, ge=1)
     max_fpr: float = Field(default=0.02, gt=0, lt=1)
     metric_sources: tuple[str, ...] = ()
+    fpr_sources: tuple[str, ...] = ()
 
 
 class DetoxifierRecipe(_Common):

@@ -171,9 +171,10 @@ class _WithLoss(nn.Module):
 
 
 def calibration_rows(dev_rows: Sequence[AnswerRow], recipe: DetectorRecipe) -> list[AnswerRow]:
-    """The rows that set temperature and threshold, those whose F1 counts first; refused early if they cannot."""
+    """The rows that set temperature and threshold, those of the named sources first; refused early if they cannot."""
     shuffled = random.Random(recipe.seed).sample(list(dev_rows), len(dev_rows))  # noqa: S311
-    rows = sorted(shuffled, key=lambda row: not _counts(row, recipe))[: recipe.calibration_rows]
+    named = {*recipe.metric_sources, *recipe.fpr_sources}
+    rows = sorted(shuffled, key=lambda row: row.source not in named)[: recipe.calibration_rows]
     if not any(row.harmful and _counts(row, recipe) for row in rows):
         raise ConfigError(
             f"the threshold cannot be chosen: no harmful row of {list(recipe.metric_sources) or 'any source'} among "
@@ -203,8 +204,9 @@ def calibrated(
     temperature = fit_temperature(log_odds, harmful)
     calibrated = to_scores(log_odds / temperature)
     with_harm = {row.source for row in rows if row.harmful}
-    benign = np.array([row.source not in with_harm for row in rows])
-    counted = np.array([_counts(row, recipe) for row in rows]) & ~benign
+    harmless_only = np.array([row.source not in with_harm for row in rows])
+    counted = np.array([_counts(row, recipe) for row in rows]) & ~harmless_only
+    benign = harmless_only & np.array([row.source in (recipe.fpr_sources or {row.source}) for row in rows])
     threshold = choose_threshold(calibrated[counted], harmful[counted], calibrated[benign], recipe.max_fpr)
     logger.info("temperature %.3f, threshold %.4f, from %d rows", temperature, threshold, len(rows))
     return config.model_copy(update={"temperature": temperature, "threshold": threshold})

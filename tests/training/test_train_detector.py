@@ -16,7 +16,7 @@ from mllm_protector_guard.models.pooling import PooledClassifier
 from mllm_protector_guard.training import train_detector
 from mllm_protector_guard.training.batches import collate, encode_rows
 from mllm_protector_guard.training.config import LoraRecipe
-from mllm_protector_guard.training.detector import _WithLoss
+from mllm_protector_guard.training.detector import _WithLoss, calibrated, calibration_rows
 from mllm_protector_guard.training.rows import AnswerRow
 from models.tiny import chat_tokenizer
 from training.tiny_runs import HARMFUL_WORD, answer_rows, detector_recipe, write_rows
@@ -123,6 +123,27 @@ class TestResuming:
             train_detector(detector_recipe(base), train=[rows], dev=[dev], output=trained)
         assert train_detector(detector_recipe(base), train=[rows], dev=[dev], output=trained, resume=True) == trained
         assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+class TestThreshold:
+    def test_only_the_named_harmless_sources_limit_it(self, trained, base):
+        """Rows that are labelled harmless and are not: a source of such rows would drive the threshold up."""
+        rows = [AnswerRow(**row) for row in answer_rows(20, seed=5)]
+        rows += [AnswerRow(**row) for row in answer_rows(10, seed=6, source="clean", harmful=False)]
+        wrong = answer_rows(10, seed=7, source="wrong", harmful=True)
+        rows += [AnswerRow(**{**row, "harmful": False}) for row in wrong]
+        config = read_config(trained)
+
+        def threshold(**fields):
+            recipe = detector_recipe(base, metric_sources=("chat",), **fields)
+            return calibrated(trained, config, recipe, rows, None).threshold
+
+        assert threshold(fpr_sources=("clean",)) < threshold() == threshold(fpr_sources=("clean", "wrong"))
+
+    def test_rows_of_named_sources_come_first(self, base):
+        rows = [AnswerRow(answer="x", harmful=True, source=source) for source in ("a", "b", "c") for _ in range(4)]
+        recipe = detector_recipe(base, metric_sources=("b",), fpr_sources=("c",), calibration_rows=8)
+        assert {row.source for row in calibration_rows(rows, recipe)} == {"b", "c"}
 
 
 class TestRefusals:
