@@ -26,7 +26,7 @@ class TestRecipes:
     @pytest.mark.parametrize("name", recipe_names())
     def test_the_recipes_of_the_package_parse(self, name):
         recipe = load_recipe(name)
-        assert isinstance(recipe, DetectorRecipe if name.endswith("detector") else DetoxifierRecipe)
+        assert isinstance(recipe, DetectorRecipe if "-detector" in name else DetoxifierRecipe)
         assert recipe.base.sha256 or recipe.base.name not in catalog.names()
 
     def test_there_are_both_kinds(self):
