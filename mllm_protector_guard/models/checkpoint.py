@@ -147,7 +147,7 @@ class DetoxifierConfig(_Common):
     Attributes:
         max_answer_tokens: A longer harmful answer is not rewritten, and so withheld.
         max_new_tokens: Longest rewrite; one that does not end by then is discarded.
-        max_copied_tokens: Longest run of tokens that a rewrite may share with the prompt; None for any.
+        max_copied_tokens: Longest run of tokens that a rewrite may share with the prompt or hold twice; None for any.
     """
 
     kind: Literal["detoxifier"] = "detoxifier"

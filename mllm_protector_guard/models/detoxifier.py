@@ -23,7 +23,7 @@ class TransformersDetoxifier:
 
     Attempt 0 is decoded greedily; later attempts are sampled, each with its own seed. An answer longer than
     `max_answer_tokens`, and a rewrite that has not ended after `max_new_tokens`, give "" (no rewrite). With
-    `max_copied_tokens` no rewrite repeats a longer run of the prompt.
+    `max_copied_tokens` no rewrite repeats a longer run of the prompt or of itself.
 
     Args:
         config: Template and limits.
@@ -119,8 +119,7 @@ class TransformersDetoxifier:
             seed=self.seed + attempt,
             max_new_tokens=self.config.max_new_tokens,
             end_of_turn=self._template.end_of_turn,
-            # Of a model without an encoder, transformers takes the prompt for the encoder's input.
-            encoder_no_repeat_ngram_size=None if limit is None else limit + 1,
+            no_repeat_ngram_size=None if limit is None else limit + 1,  # counts the prompt in
             **(self._sampling if attempt else {"do_sample": False}),
         )
         return [self._finished(text) for text in texts]

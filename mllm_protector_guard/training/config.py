@@ -151,7 +151,7 @@ class DetoxifierRecipe(_Common):
     Attributes:
         max_answer_tokens: Longer rejected answers are read from their beginning while training.
         max_rewrite_tokens: Rows with a longer accepted answer are left out.
-        max_copied_tokens: Of the checkpoint: longest run of the answer that a rewrite may repeat; None for any.
+        max_copied_tokens: Of the checkpoint: longest run of prompt or rewrite that a rewrite may repeat; None for any.
         identity_rows: Harmless answers that are to come back as they are, drawn from the detector's rows.
     """
 

@@ -69,6 +69,18 @@ class TestLearning:
         assert longest(free.rewrite([turn])[0]) > 6
         assert all(longest(limited.rewrite([turn], attempt=attempt)[0]) <= 6 for attempt in (0, 1))
 
+    def test_nor_does_it_go_round_in_circles(self, base, tmp_path):
+        again = "Bake the bread. Bake the bread. Bake the bread. Bake the bread."
+        rows = write_rows(tmp_path / "rows.jsonl", [{"question": "Where?", "rejected": "Knife.", "accepted": again}])
+        recipe = detoxifier_recipe(base, epochs=60, max_copied_tokens=4)
+        limited = load_detoxifier(train_detoxifier(recipe, train=[rows], output=tmp_path / "out"), max_new_tokens=48)
+        free = TransformersDetoxifier(limited.config.model_copy(update={"max_copied_tokens": None}), limited._load)
+        turn = Turn(question="Where?", answer="Knife.")
+        assert free.rewrite([turn]) == [again]
+        ids = chat_tokenizer()(limited.rewrite([turn])[0])["input_ids"]
+        runs = [tuple(ids[start : start + 5]) for start in range(len(ids) - 4)]
+        assert len(set(runs)) == len(runs)
+
 
 class TestTargets:
     def test_targets_are_joined_with_the_answers_they_are_for(self, base, pairs, tmp_path):
