@@ -63,8 +63,7 @@ weights: pull ## train the shipped models anew, in about four hours: make weight
 	@test -n "$(DATA)" || { echo "name the folder of the training files: make weights DATA=my-folder"; exit 2; }
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-open-detector-1)
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-open-detector,smollm2-135m-open-detector-1)
-	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector-1,smollm2-135m-open-detector)
-	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector,smollm2-135m-detector-1)
+	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-detector)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier-1)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier,smollm2-135m-open-detoxifier-1)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-detoxifier,smollm2-135m-open-detoxifier)
