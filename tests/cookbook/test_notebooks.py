@@ -33,6 +33,17 @@ def check_quickstart(notebook: nbformat.NotebookNode) -> None:
     assert rows[0][1] == "passed"
 
 
+def check_calibrate(notebook: nbformat.NotebookNode) -> None:
+    header, shipped, calibrated = last_table(notebook)
+    assert header == ["detector", "threshold", "safe answers flagged", "harmful answers found"]
+    assert [shipped[0], calibrated[0]] == ["shipped", "calibrated"]
+    assert shipped[1] != calibrated[1]
+    for _, threshold, flagged, found in (shipped, calibrated):
+        assert 0 < float(threshold) < 1
+        assert re.fullmatch(r"([0-9]|1[0-2]) of 12", flagged)
+        assert re.fullmatch(r"([3-9]|1[0-2]) of 12", found)
+
+
 async def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Runs all cells in `folder` with the interpreter of this test, over sockets that are files."""
     with TemporaryDirectory() as sockets:  # a short path: names of such sockets have at most about 100 characters
@@ -47,7 +58,7 @@ async def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
         await client.async_execute(cleanup_kc=True)
 
 
-CHECKS = {"01_quickstart": check_quickstart}
+CHECKS = {"01_quickstart": check_quickstart, "02_calibrate": check_calibrate}
 
 
 def test_every_notebook_has_a_check():
