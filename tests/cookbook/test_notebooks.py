@@ -34,14 +34,20 @@ def check_quickstart(notebook: nbformat.NotebookNode) -> None:
 
 
 def check_calibrate(notebook: nbformat.NotebookNode) -> None:
-    header, shipped, calibrated = last_table(notebook)
+    header, *rows = last_table(notebook)
     assert header == ["detector", "threshold", "safe answers flagged", "harmful answers found"]
-    assert [shipped[0], calibrated[0]] == ["shipped", "calibrated"]
-    assert shipped[1] != calibrated[1]
-    for _, threshold, flagged, found in (shipped, calibrated):
+    assert [name for name, *_ in rows] == ["shipped", "calibrated"]
+    counts = []
+    for _, threshold, *shares in rows:
         assert 0 < float(threshold) < 1
-        assert re.fullmatch(r"([0-9]|1[0-2]) of 12", flagged)
-        assert re.fullmatch(r"([3-9]|1[0-2]) of 12", found)
+        assert all(re.fullmatch(r"\d+ of 12", share) for share in shares)
+        flagged, found = (int(share.removesuffix(" of 12")) for share in shares)
+        assert flagged < found <= 12
+        counts.append((flagged, found))
+    assert rows[0][1] != rows[1][1]
+    # A calibration keeps the order of the scores, so that both counts move the same way, if they move.
+    changes = [after - before for before, after in zip(*counts, strict=True)]
+    assert min(changes) >= 0 or max(changes) <= 0
 
 
 async def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
