@@ -13,8 +13,9 @@ from mllm_protector_guard.models.detoxifier import TransformersDetoxifier
 from mllm_protector_guard.training import train_detoxifier
 from mllm_protector_guard.training.adapters import add_lora
 from mllm_protector_guard.training.detoxifier import _collate, _encode, _TargetLoss
+from mllm_protector_guard.training.joining import turn_sha256
 from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, read_training_rows
-from mllm_protector_guard.training.targets import join_targets, turn_sha256
+from mllm_protector_guard.training.targets import join_targets
 from models.tiny import chat_tokenizer
 from training.tiny_runs import answer_rows, detoxifier_recipe, write_rows
 

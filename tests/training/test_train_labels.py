@@ -7,9 +7,9 @@ import pytest
 
 from mllm_protector_guard import DataError
 from mllm_protector_guard.training import train_detector
+from mllm_protector_guard.training.joining import turn_sha256
 from mllm_protector_guard.training.labels import join_labels
 from mllm_protector_guard.training.rows import RewriteRow, read_training_rows
-from mllm_protector_guard.training.targets import turn_sha256
 from training.tiny_runs import detector_recipe, write_rows
 
 PAIR = {
