@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from mllm_protector_guard.training.detector import _WithLoss
 from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, licensed
 from mllm_protector_guard.training.trainer import _ByLength
 from models.tiny import chat_tokenizer
+from training.tiny_processes import keep_gradients
 from training.tiny_runs import answer_rows, detector_recipe, detoxifier_recipe, write_rows
 
 
@@ -129,17 +129,7 @@ class TestLoss:
 class TestSteps:
     @pytest.fixture
     def gradients(self, monkeypatch):
-        """Those of each step, before they are clipped."""
-        steps = []
-        clip = Accelerator.clip_grad_norm_
-
-        def keep(accelerator, parameters, *given, **more):
-            parameters = list(parameters)
-            steps.append([p.grad.clone() for p in parameters if p.grad is not None])
-            return clip(accelerator, parameters, *given, **more)
-
-        monkeypatch.setattr(Accelerator, "clip_grad_norm_", keep)
-        return steps
+        return keep_gradients(monkeypatch.setattr)
 
     def compare(self, train, gradients):
         train(batch_size=8, gradient_accumulation=1)

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -19,6 +17,7 @@ from mllm_protector_guard.training.config import LoraRecipe
 from mllm_protector_guard.training.detector import _WithLoss, calibrated, calibration_rows
 from mllm_protector_guard.training.rows import AnswerRow
 from models.tiny import chat_tokenizer
+from training.tiny_processes import python
 from training.tiny_runs import HARMFUL_WORD, answer_rows, detector_recipe, write_rows
 
 WEIGHTS = ("adapter_model.safetensors", "head.safetensors")
@@ -88,24 +87,13 @@ class TestResuming:
         whole = train_detector(recipe, train=[rows], dev=[dev], output=tmp_path / "whole")
         killed = tmp_path / "killed"
         code = f"""
-            import os, signal
-            from transformers import Trainer
             from mllm_protector_guard.training import DetectorRecipe, train_detector
-            steps = 0
-            plain = Trainer.training_step
-            def training_step(*given, **more):
-                global steps
-                steps += 1
-                if steps == 9:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return plain(*given, **more)
-            Trainer.training_step = training_step
+            from training.tiny_processes import kill_in_step
+            kill_in_step(9)
             recipe = DetectorRecipe.model_validate_json({recipe.model_dump_json()!r})
             train_detector(recipe, train=[{str(rows)!r}], dev=[{str(dev)!r}], output={str(killed)!r})
         """
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=250, check=False
-        )
+        done = python("-c", textwrap.dedent(code))
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
         assert [path.name for path in (killed / "run").glob("checkpoint-*")] == ["checkpoint-5"]
         assert not (killed / "guard.json").exists()

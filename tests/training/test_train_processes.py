@@ -1,9 +1,6 @@
 """Training in processes of its own: killed and gone on with, and several together."""
 
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -13,35 +10,17 @@ from safetensors.torch import load_file
 from mllm_protector_guard import load_detector
 from mllm_protector_guard.training import train_detoxifier
 from mllm_protector_guard.training.config import LoraRecipe, SourceRecipe
+from training.tiny_processes import python
 from training.tiny_runs import REWRITES, answer_rows, detector_recipe, detoxifier_recipe, turns, write_rows
-
-
-def python(code, *before, **environment):
-    return subprocess.run(
-        [sys.executable, *before, *([] if before else ["-c", textwrap.dedent(code)])],
-        capture_output=True,
-        timeout=1500,
-        check=False,
-        env={**os.environ, **environment},
-    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 class TestResuming:
     KILLED = """
-        import os, signal
-        from transformers import Trainer
         from mllm_protector_guard.training import DetoxifierRecipe, train_detoxifier
-        steps = 0
-        plain = Trainer.training_step
-        def training_step(*given, **more):
-            global steps
-            steps += 1
-            if steps == 12:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return plain(*given, **more)
-        Trainer.training_step = training_step
+        from training.tiny_processes import kill_in_step
+        kill_in_step(12)
         recipe = DetoxifierRecipe.model_validate_json({recipe!r})
         train_detoxifier(recipe, train=[{file!r}], output={output!r})
     """
@@ -52,7 +31,8 @@ class TestResuming:
         recipe = detoxifier_recipe(base, epochs=4, batch_size=4, save_steps=10, lora=LoraRecipe(rank=8, dropout=0.1))
         whole = train_detoxifier(recipe, train=[file], output=tmp_path / "whole")
         killed = tmp_path / "killed"
-        done = python(self.KILLED.format(recipe=recipe.model_dump_json(), file=str(file), output=str(killed)))
+        code = self.KILLED.format(recipe=recipe.model_dump_json(), file=str(file), output=str(killed))
+        done = python("-c", textwrap.dedent(code))
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
         assert [path.name for path in (killed / "run").glob("checkpoint-*")] == ["checkpoint-10"]
         train_detoxifier(recipe, train=[file], output=killed, resume=True)
@@ -70,17 +50,11 @@ class TestSeveralProcesses:
         import sys
         from pathlib import Path
         import torch
-        from accelerate import Accelerator
         from mllm_protector_guard.training import DetectorRecipe, train_detector
+        from training.tiny_processes import keep_gradients
 
         recipe, rows, dev, output, report = sys.argv[1:]
-        steps = []
-        clip = Accelerator.clip_grad_norm_
-        def keep(accelerator, parameters, *given, **more):
-            parameters = list(parameters)
-            steps.append([p.grad.clone() for p in parameters if p.grad is not None])
-            return clip(accelerator, parameters, *given, **more)
-        Accelerator.clip_grad_norm_ = keep
+        steps = keep_gradients()
         recipe = DetectorRecipe.model_validate_json(Path(recipe).read_text())
         folder = train_detector(recipe, train=[rows], dev=[dev], output=output)
         files = sorted(path.name for path in folder.iterdir())
@@ -93,7 +67,7 @@ class TestSeveralProcesses:
         script.write_text(textwrap.dedent(self.WORKER))
         (tmp_path / f"{name}.json").write_text(recipe.model_dump_json())
         given = (tmp_path / f"{name}.json", rows, dev, tmp_path / name, tmp_path / f"{name}.report")
-        done = python("", *launcher, str(script), *map(str, given), OMP_NUM_THREADS="1")
+        done = python(*launcher, str(script), *map(str, given), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr.decode()[-4000:]
         return [torch.load(path) for path in sorted(tmp_path.glob(f"{name}.report.*"))]
 
@@ -183,7 +157,6 @@ class TestSeveralProcesses:
         script.write_text(textwrap.dedent(self.SHARDED))
         recipe = tmp_path / "recipe.json"
         recipe.write_text(detector_recipe(base, pair_weight=0.25, pooling="peak").model_dump_json())
-        tests = os.path.dirname(os.path.dirname(__file__))
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        done = python("", *torchrun, str(script), str(recipe), str(base), PYTHONPATH=tests, OMP_NUM_THREADS="1")
+        done = python(*torchrun, str(script), str(recipe), str(base), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr.decode()[-4000:]
