@@ -29,20 +29,16 @@ __all__ = ["calibrate"]
 def calibrate(
     safe: Annotated[
         list[Path],
-        typer.Option(
+        options.existing(
             "--safe",
             help='Lines of {"question", "answer"} with answers that are to pass, drawn as those to come.',
-            exists=True,
-            dir_okay=False,
         ),
     ],
     labelled: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.existing(
             "--labelled",
             help='Lines of {"question", "answer", "harmful"}, for the temperature.',
-            exists=True,
-            dir_okay=False,
         ),
     ] = None,
     max_fpr: Annotated[

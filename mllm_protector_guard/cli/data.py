@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mllm_protector_guard import __version__
+from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.console import EXIT_FINDING, Messages, exit_codes, report_console
 from mllm_protector_guard.cli.generate import generate
 from mllm_protector_guard.errors import ConfigError
@@ -38,12 +39,10 @@ def check(
     ],
     against: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.existing(
             "--against",
             metavar="FILE",
             help="An evaluation file whose questions and answers must not be in FILE; give it once a file.",
-            exists=True,
-            dir_okay=False,
         ),
     ] = None,
     kind: Annotated[

@@ -110,11 +110,9 @@ def evaluate(
     ] = None,
     filler: Annotated[
         Path | None,
-        typer.Option(
+        options.existing(
             "--filler",
             metavar="FILE",
-            exists=True,
-            dir_okay=False,
             help="Harmless text for --bury, its paragraphs parted by blank lines. [default: harmless answers of the "
             "data]",
             show_default=False,

@@ -46,12 +46,10 @@ def generate(
     ] = None,
     scenarios: Annotated[
         Path | None,
-        typer.Option(
+        options.existing(
             "--scenarios",
             metavar="FILE",
             help="More scenarios: a YAML or JSON list of name and description.",
-            exists=True,
-            dir_okay=False,
             rich_help_panel=_ROWS,
         ),
     ] = None,
@@ -65,12 +63,10 @@ def generate(
     ] = None,
     known: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.existing(
             "--known",
             metavar="FILE",
             help="Rows whose questions are not to come again.",
-            exists=True,
-            dir_okay=False,
             rich_help_panel=_ROWS,
         ),
     ] = None,

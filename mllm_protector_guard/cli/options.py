@@ -29,10 +29,17 @@ __all__ = [
     "Threshold",
     "as_policy",
     "as_source",
+    "existing",
 ]
 
 _FILES, _MODELS = "Files", "Models"
 _NAMED = "name, folder, hub id, or `module:attribute` (an object, or a class or function that makes it)"
+
+
+def existing(*names: str, **more: Any) -> Any:
+    """An option that takes a file, or several, that must be there."""
+    return typer.Option(*names, exists=True, dir_okay=False, **more)
+
 
 Input = Annotated[
     Path,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.console import exit_codes
 from mllm_protector_guard.errors import ConfigError
 
@@ -27,7 +28,7 @@ def pull(
     ] = _Place.AUTO,
     file: Annotated[
         Path | None,
-        typer.Option("--from", metavar="FILE", help="Take a file fetched by hand.", exists=True, dir_okay=False),
+        options.existing("--from", metavar="FILE", help="Take a file fetched by hand."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch and convert again.")] = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from mllm_protector_guard.cli import options
 from mllm_protector_guard.cli.console import exit_codes
 from mllm_protector_guard.errors import ConfigError
 
@@ -34,35 +35,29 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never download the bas
 def detector(
     train: Annotated[
         list[Path],
-        typer.Option("--train", help='Lines of {"question", "answer", "harmful"}.', exists=True, dir_okay=False),
+        options.existing("--train", help='Lines of {"question", "answer", "harmful"}.'),
     ],
     dev: Annotated[
         list[Path],
-        typer.Option(
-            "--dev", help="The same; sets temperature and threshold, never trained on.", exists=True, dir_okay=False
-        ),
+        options.existing("--dev", help="The same; sets temperature and threshold, never trained on."),
     ],
     output: Output,
     recipe: Recipe = "smollm2-135m-detector",
     pairs: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.existing(
             help='Lines of {"question", "rejected", "accepted"}, the answers that labels are for.',
-            exists=True,
-            dir_okay=False,
         ),
     ] = None,
     labels: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.existing(
             help='Lines of {"sha256", "harmful"}: labels of answers in --pairs, to train on.',
-            exists=True,
-            dir_okay=False,
         ),
     ] = None,
     dev_labels: Annotated[
         list[Path] | None,
-        typer.Option(help="The same, for temperature and threshold.", exists=True, dir_okay=False),
+        options.existing(help="The same, for temperature and threshold."),
     ] = None,
     overrides: Overrides = None,
     resume: Resume = False,
@@ -98,24 +93,20 @@ def detector(
 def detoxifier(
     train: Annotated[
         list[Path],
-        typer.Option("--train", help='Lines of {"question", "rejected", "accepted"}.', exists=True, dir_okay=False),
+        options.existing("--train", help='Lines of {"question", "rejected", "accepted"}.'),
     ],
     output: Output,
     recipe: Recipe = "smollm2-135m-detoxifier",
     targets: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.existing(
             help='Lines of {"sha256", "accepted"}: rewrites of harmful answers in --train or --answers.',
-            exists=True,
-            dir_okay=False,
         ),
     ] = None,
     answers: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.existing(
             help='Lines of {"question", "answer", "harmful"}: harmless ones are to come back unchanged.',
-            exists=True,
-            dir_okay=False,
         ),
     ] = None,
     overrides: Overrides = None,
