@@ -175,7 +175,7 @@ def calibration_rows(dev_rows: Sequence[AnswerRow], recipe: DetectorRecipe) -> l
     shuffled = random.Random(recipe.seed).sample(list(dev_rows), len(dev_rows))  # noqa: S311
     named = {*recipe.metric_sources, *recipe.fpr_sources}
     rows = sorted(shuffled, key=lambda row: row.source not in named)[: recipe.calibration_rows]
-    if not any(row.harmful and _counts(row, recipe) for row in rows):
+    if not any(row.harmful and _counts(row, recipe.metric_sources) for row in rows):
         raise ConfigError(
             f"the threshold cannot be chosen: no harmful row of {list(recipe.metric_sources) or 'any source'} among "
             f"{len(rows)} calibration rows; give other dev files or change metric_sources"
@@ -183,8 +183,8 @@ def calibration_rows(dev_rows: Sequence[AnswerRow], recipe: DetectorRecipe) -> l
     return rows
 
 
-def _counts(row: AnswerRow, recipe: DetectorRecipe) -> bool:
-    return not recipe.metric_sources or row.source in recipe.metric_sources
+def _counts(row: AnswerRow, sources: Sequence[str]) -> bool:
+    return not sources or row.source in sources
 
 
 def calibrated(
@@ -205,8 +205,8 @@ def calibrated(
     calibrated = to_scores(log_odds / temperature)
     with_harm = {row.source for row in rows if row.harmful}
     harmless_only = np.array([row.source not in with_harm for row in rows])
-    counted = np.array([_counts(row, recipe) for row in rows]) & ~harmless_only
-    benign = harmless_only & np.array([row.source in (recipe.fpr_sources or {row.source}) for row in rows])
+    counted = ~harmless_only & np.array([_counts(row, recipe.metric_sources) for row in rows])
+    benign = harmless_only & np.array([_counts(row, recipe.fpr_sources) for row in rows])
     threshold = choose_threshold(calibrated[counted], harmful[counted], calibrated[benign], recipe.max_fpr)
     logger.info("temperature %.3f, threshold %.4f, from %d rows", temperature, threshold, len(rows))
     return config.model_copy(update={"temperature": temperature, "threshold": threshold})
