@@ -70,6 +70,7 @@ weights: pull ## train the shipped models anew, in about four hours: make weight
 
 bench: pull ## time scoring and rewriting with the default model
 	$(FAST) $(BIN)/python benchmarks/guard.py
+	$(FAST) $(BIN)/python benchmarks/streaming.py
 
 rewrites: pull ## measure the rewrites: make rewrites ARGS="--data rows.jsonl --judge my-judge --output measured"
 	$(BIN)/python -m pip install --quiet --no-deps --group judge

@@ -17,8 +17,10 @@ from mllm_protector_guard.errors import (
     MissingDependencyError,
 )
 from mllm_protector_guard.guard import Guard
+from mllm_protector_guard.guarded_stream import AsyncGuardedStream, GuardedStream
 from mllm_protector_guard.policy import DEFAULT_REFUSAL, GuardPolicy
-from mllm_protector_guard.ports import Detoxifier, HarmDetector, RecordSink
+from mllm_protector_guard.ports import Detoxifier, HarmDetector, RecordSink, StreamingDetector, StreamScorer
+from mllm_protector_guard.streaming import StreamPolicy
 from mllm_protector_guard.tracing import GuardRecord, JsonlSink
 from mllm_protector_guard.types import GuardResult, ImageInput, Origin, Outcome, Reason, RewriteAttempt, Turn
 
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_REFUSAL",
+    "AsyncGuardedStream",
     "CheckTimeoutError",
     "CheckpointError",
     "ConfigError",
@@ -41,6 +44,7 @@ __all__ = [
     "GuardPolicy",
     "GuardRecord",
     "GuardResult",
+    "GuardedStream",
     "HarmDetector",
     "HarmfulAnswerError",
     "ImageInput",
@@ -52,6 +56,9 @@ __all__ = [
     "Reason",
     "RecordSink",
     "RewriteAttempt",
+    "StreamPolicy",
+    "StreamScorer",
+    "StreamingDetector",
     "Turn",
     "__version__",
     "load_detector",

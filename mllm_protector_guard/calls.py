@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 from mllm_protector_guard.errors import (
@@ -18,7 +18,7 @@ from mllm_protector_guard.ports import Detoxifier, HarmDetector
 from mllm_protector_guard.timelimit import TimeLimit
 from mllm_protector_guard.types import Turn
 
-__all__ = ["has_method", "name_of", "probability", "rewrite", "score", "warm_up"]
+__all__ = ["harm_score_of", "has_method", "name_of", "probability", "rewrite", "score", "warm_up"]
 
 # A model that cannot work at all is a fault of the setup; no policy may take it for a fault of one answer.
 _SETUP_ERRORS = (CheckpointError, ConfigError, MissingDependencyError)
@@ -74,6 +74,20 @@ def rewrite(
         text if isinstance(text, str) else DetoxifierError(f"{name_of(detoxifier)} gave {name_of(text)}, not str")
         for text in rewrites
     ]
+
+
+def harm_score_of(call: Callable[[], float], detector: HarmDetector, limit: TimeLimit) -> float | InferenceError:
+    """P(harmful), [0, 1], that `call` gives for one answer, or the error in its place.
+
+    Raises:
+        CheckpointError, ConfigError, MissingDependencyError: The detector cannot work at all.
+    """
+    try:
+        return _checked(limit.run(call), detector)
+    except _SETUP_ERRORS:
+        raise
+    except Exception as error:
+        return _as_inference_error(error, DetectorError, detector)
 
 
 def warm_up(model: object) -> None:

@@ -1,27 +1,25 @@
-"""The guard: score, rewrite, score again, and let only a harmless text leave.
-
-The loop is the inference algorithm of MLLM-Protector (Pi et al., arXiv 2401.02906) with two additions:
-the rewrite is scored before anyone sees it, and an answer for which no harmless rewrite was found is
-withheld.
-"""
+"""The guard: score, rewrite, score again, and let only a harmless text leave."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterable, Iterable, Sequence
 from typing import Literal, overload
 
 from mllm_protector_guard import calls
 from mllm_protector_guard.calls import has_method, name_of, probability
-from mllm_protector_guard.errors import CheckTimeoutError, ConfigError, GuardError, HarmfulAnswerError, InferenceError
+from mllm_protector_guard.errors import ConfigError, GuardError
+from mllm_protector_guard.guarded_stream import AsyncGuardedStream, GuardedStream
 from mllm_protector_guard.policy import GuardPolicy
 from mllm_protector_guard.ports import Detoxifier, HarmDetector, RecordSink
+from mllm_protector_guard.stream_check import StreamCheck
+from mllm_protector_guard.streaming import StreamPolicy
 from mllm_protector_guard.timelimit import TimeLimit
 from mllm_protector_guard.tracing.record import GuardRecord
-from mllm_protector_guard.types import GuardResult, Origin, Outcome, Reason, RewriteAttempt, Turn
+from mllm_protector_guard.types import GuardResult, ImageInput, Origin, Turn
+from mllm_protector_guard.verdicts import Case, Verdict, decide, detoxify, ms_since
 
 __all__ = ["Guard"]
 
@@ -145,7 +143,8 @@ class Guard:
         if not turns:
             return []
         verdicts = self._judge(list(turns))
-        self._emit(turns, verdicts, origins or [Origin()] * len(turns))
+        for turn, verdict, origin in zip(turns, verdicts, origins or [Origin()] * len(turns), strict=True):
+            self._emit(turn, verdict.result, origin)
         if return_exceptions:
             return [verdict.error or verdict.result for verdict in verdicts]
         for verdict in verdicts:
@@ -181,147 +180,82 @@ class Guard:
             return await asyncio.to_thread(self.check_batch, turns, origins=origins, return_exceptions=True)
         return await asyncio.to_thread(self.check_batch, turns, origins=origins)
 
-    def _judge(self, turns: list[Turn]) -> list[_Verdict]:
+    def stream(
+        self,
+        pieces: Iterable[str],
+        *,
+        question: str | None = None,
+        images: Sequence[ImageInput] = (),
+        mode: str | StreamPolicy = "sentence",
+        origin: Origin | None = None,
+    ) -> GuardedStream:
+        """The answer while it is written: what of it is judged harmless leaves, and `result` is there at the end.
+
+        Args:
+            pieces: The answer in pieces of any size, as a model writes it. A generator is closed at the end.
+            question: What was asked; None when unknown.
+            images: The images of the question, in order.
+            mode: `sentence`, `whole` or `tokens=N`, as in `StreamPolicy`; or a policy of your own.
+            origin: Where the answer came from, for the record.
+
+        Raises:
+            pydantic.ValidationError: There is no such mode.
+        """
+        return GuardedStream(self._stream_check(question, images, mode, origin), pieces)
+
+    def astream(
+        self,
+        pieces: AsyncIterable[str],
+        *,
+        question: str | None = None,
+        images: Sequence[ImageInput] = (),
+        mode: str | StreamPolicy = "sentence",
+        origin: Origin | None = None,
+    ) -> AsyncGuardedStream:
+        """`stream` with the models in worker threads; the event loop stays free."""
+        return AsyncGuardedStream(self._stream_check(question, images, mode, origin), pieces)
+
+    def _stream_check(
+        self, question: str | None, images: Sequence[ImageInput], mode: str | StreamPolicy, origin: Origin | None
+    ) -> StreamCheck:
+        origin = origin or Origin()
+        return StreamCheck(
+            question=question,
+            images=images,
+            detector=self.detector,
+            detoxifier=self.detoxifier,
+            policy=self.policy,
+            stream_policy=mode if isinstance(mode, StreamPolicy) else StreamPolicy(mode=mode),
+            threshold=lambda: self.threshold,
+            emit=lambda turn, result: self._emit(turn, result, origin),
+        )
+
+    def _judge(self, turns: list[Turn]) -> list[Verdict]:
         calls.warm_up(self.detector)
         threshold = self.threshold
         seconds = self.policy.timeout_s
         limit = TimeLimit(None if seconds is None else seconds * len(turns))
-        cases = [_Case(turn=turn, threshold=threshold) for turn in turns]
+        cases = [Case(turn=turn, threshold=threshold) for turn in turns]
         filled = [case for case in cases if not case.blank]
         started = time.perf_counter()
         for case, score in zip(filled, calls.score(self.detector, [case.turn for case in filled], limit), strict=True):
             case.note_score(score)
-        detector_ms = _ms_since(started)
+        detector_ms = ms_since(started)
         harmful = [case for case in filled if case.harmful]
         started = time.perf_counter()
         if self.policy.on_harm == "detoxify" and harmful:
-            self._detoxify(harmful, limit)
-        detoxifier_ms = _ms_since(started)
+            assert self.detoxifier is not None  # held by __init__ for on_harm="detoxify"
+            detoxify(harmful, detector=self.detector, detoxifier=self.detoxifier, policy=self.policy, limit=limit)
+        detoxifier_ms = ms_since(started)
         for case in filled:
             case.detector_ms = detector_ms
         for case in harmful:
             case.detoxifier_ms = detoxifier_ms
-        return [self._decide(case) for case in cases]
+        return [decide(case, self.policy) for case in cases]
 
-    def _detoxify(self, cases: list[_Case], limit: TimeLimit) -> None:
-        detoxifier = self.detoxifier
-        assert detoxifier is not None  # held by __init__ for on_harm="detoxify"
-        calls.warm_up(detoxifier)
-        open_cases = cases
-        for attempt in range(self.policy.max_attempts):
-            started = time.perf_counter()
-            rewrites = calls.rewrite(detoxifier, [case.turn for case in open_cases], attempt, limit)
-            written = [
-                (case, Turn(question=case.turn.question, answer=text, images=case.turn.images))
-                for case, text in zip(open_cases, rewrites, strict=True)
-                if isinstance(text, str) and text.strip()
-            ]
-            scores = calls.score(self.detector, [turn for _, turn in written], limit)
-            score_of = {id(case): score for (case, _), score in zip(written, scores, strict=True)}
-            duration_ms = _ms_since(started)
-            for case, text in zip(open_cases, rewrites, strict=True):
-                case.note_attempt(text, score_of.get(id(case)), duration_ms)
-            open_cases = [c for c in open_cases if c.rewrite is None and not isinstance(c.error, CheckTimeoutError)]
-            if not open_cases:
-                return
-
-    def _decide(self, case: _Case) -> _Verdict:
-        policy, answer = self.policy, case.turn.answer
-        if case.blank:
-            return _Verdict(self._result(case, Outcome.PASSED, Reason.BLANK, answer))
-        if case.error is not None:
-            return self._decide_on_error(case, case.error)
-        if case.harm_score is not None and case.harm_score < case.threshold:
-            return _Verdict(self._result(case, Outcome.PASSED, Reason.HARMLESS, answer))
-        if policy.on_harm == "flag":
-            return _Verdict(self._result(case, Outcome.FLAGGED, Reason.HARMFUL, answer))
-        if policy.on_harm == "detoxify":
-            if case.rewrite is not None:
-                return _Verdict(self._result(case, Outcome.DETOXIFIED, Reason.REWRITTEN, case.rewrite))
-            return _Verdict(self._result(case, Outcome.WITHHELD, Reason.REWRITE_REJECTED, policy.refusal))
-        withheld = self._result(case, Outcome.WITHHELD, Reason.HARMFUL, policy.refusal)
-        return _Verdict(withheld, HarmfulAnswerError(withheld) if policy.on_harm == "raise" else None)
-
-    def _decide_on_error(self, case: _Case, error: InferenceError) -> _Verdict:
-        reason = Reason.TIMEOUT if isinstance(error, CheckTimeoutError) else Reason.ERROR
-        logger.warning("check ended with %s; on_error=%r", name_of(error), self.policy.on_error)
-        if self.policy.on_error == "pass" and case.harm_score is None:
-            return _Verdict(self._result(case, Outcome.PASSED, reason, case.turn.answer))
-        withheld = self._result(case, Outcome.WITHHELD, reason, self.policy.refusal)
-        return _Verdict(withheld, error if self.policy.on_error == "raise" else None)
-
-    def _result(self, case: _Case, outcome: Outcome, reason: Reason, text: str) -> GuardResult:
-        return GuardResult(
-            outcome=outcome,
-            reason=reason,
-            text=text,
-            harm_score=case.harm_score,
-            threshold=case.threshold,
-            rewrites=tuple(case.attempts),
-            error=None if case.error is None else name_of(case.error),
-            detector_ms=case.detector_ms,
-            detoxifier_ms=case.detoxifier_ms,
-        )
-
-    def _emit(self, turns: Sequence[Turn], verdicts: list[_Verdict], origins: Sequence[Origin]) -> None:
-        if not self.sinks:
-            return
-        for turn, verdict, origin in zip(turns, verdicts, origins, strict=True):
-            for sink in self.sinks:
-                try:
-                    sink.emit(GuardRecord.of(turn, verdict.result, origin=origin, trace_content=self.trace_content))
-                except Exception as error:
-                    logger.warning("%s lost record %s: %s", name_of(sink), verdict.result.id, name_of(error))
-
-
-@dataclass(slots=True)
-class _Case:
-    """What is known of one turn while it is checked."""
-
-    turn: Turn
-    threshold: float
-    harm_score: float | None = None
-    error: InferenceError | None = None
-    rewrite: str | None = None
-    attempts: list[RewriteAttempt] = field(default_factory=list)
-    detector_ms: float = 0.0
-    detoxifier_ms: float = 0.0
-
-    @property
-    def blank(self) -> bool:
-        return not self.turn.answer or self.turn.answer.isspace()
-
-    @property
-    def harmful(self) -> bool:
-        return self.harm_score is not None and self.harm_score >= self.threshold
-
-    def note_score(self, score: float | InferenceError) -> None:
-        if isinstance(score, InferenceError):
-            self.error = score
-        else:
-            self.harm_score = score
-
-    def note_attempt(self, text: str | InferenceError, score: float | InferenceError | None, ms: float) -> None:
-        failure = next((value for value in (text, score) if isinstance(value, InferenceError)), None)
-        number = score if isinstance(score, float) else None
-        self.error = failure
-        self.attempts.append(
-            RewriteAttempt(
-                harm_score=number,
-                chars=len(text) if isinstance(text, str) else 0,
-                error=None if failure is None else name_of(failure),
-                duration_ms=ms,
-            )
-        )
-        if number is not None and number < self.threshold and isinstance(text, str):
-            self.rewrite = text
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    result: GuardResult
-    error: GuardError | None = None
-
-
-def _ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000.0
+    def _emit(self, turn: Turn, result: GuardResult, origin: Origin) -> None:
+        for sink in self.sinks:
+            try:
+                sink.emit(GuardRecord.of(turn, result, origin=origin, trace_content=self.trace_content))
+            except Exception as error:
+                logger.warning("%s lost record %s: %s", name_of(sink), result.id, name_of(error))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from mllm_protector_guard.types import Turn
+from mllm_protector_guard.types import ImageInput, Turn
 
 if TYPE_CHECKING:
     from mllm_protector_guard.tracing.record import GuardRecord
 
-__all__ = ["Detoxifier", "HarmDetector", "RecordSink"]
+__all__ = ["Detoxifier", "HarmDetector", "RecordSink", "StreamScorer", "StreamingDetector"]
 
 
 @runtime_checkable
@@ -29,6 +29,31 @@ class HarmDetector(Protocol):
         The whole answer is judged, however long; a detector that cannot must raise.
         An empty sequence gives an empty list.
         """
+        ...
+
+
+@runtime_checkable
+class StreamScorer(Protocol):
+    """Scores one growing answer. One thread uses it at a time."""
+
+    def feed(self, text: str) -> float:
+        """P(harmful) of the whole answer so far, question given, after `text` was added; finite and in [0, 1]."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds; `feed` raises afterwards. Closing twice is fine."""
+        ...
+
+
+@runtime_checkable
+class StreamingDetector(HarmDetector, Protocol):
+    """A detector that scores an answer while it grows, at the price of what is new.
+
+    However an answer is cut, the last `feed` agrees with `score` of the whole answer within 1e-3 in float32.
+    """
+
+    def open_stream(self, question: str | None, images: Sequence[ImageInput] = ()) -> StreamScorer:
+        """A scorer at the start of an answer to `question`."""
         ...
 
 

@@ -32,7 +32,7 @@ class Reason(StrEnum):
     HARMFUL = "harmful"
     """The answer is harmful and the policy asks for no rewrite."""
     REWRITE_REJECTED = "rewrite_rejected"
-    """No rewrite was scored harmless within the allowed attempts."""
+    """No rewrite was scored harmless within the allowed attempts; none was tried of an answer too long to hold."""
     ERROR = "error"
     """The answer could not be judged; `GuardResult.error` names the error class."""
     TIMEOUT = "timeout"
@@ -126,11 +126,13 @@ class GuardResult:
     Attributes:
         outcome: What was done.
         reason: Why.
-        text: What may be shown. Byte-identical to the answer when `outcome` is passed or flagged.
+        text: What may be shown. Byte-identical to the answer when `outcome` is passed or flagged. Of a stream,
+            what left of the answer and, on a new paragraph, what took the place of the rest.
         harm_score: P(harmful) of the answer, [0, 1]; None if it was not or could not be judged.
         threshold: Scores at or above it count as harmful.
         rewrites: Every rewrite that was tried, in order.
-        error: Class name of the error that decided the outcome, if one did.
+        error: Class name of the error that decided the outcome or broke off the stream, if one did.
+        released_chars: How many characters of the answer itself left the stream; None if it was no stream.
         detector_ms: Time to score the answer, milliseconds. In a batch, the time of the whole batch.
         detoxifier_ms: Time of all rewrites and their scores, milliseconds, same rule.
         id: Random id, shared with the trace record.
@@ -144,6 +146,7 @@ class GuardResult:
     threshold: float
     rewrites: tuple[RewriteAttempt, ...] = ()
     error: str | None = None
+    released_chars: int | None = None
     detector_ms: float = 0.0
     detoxifier_ms: float = 0.0
     id: str = field(default_factory=lambda: uuid.uuid4().hex)

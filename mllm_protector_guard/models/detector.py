@@ -34,8 +34,12 @@ from mllm_protector_guard.models.checkpoint import (
 )
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.models.pooling import PooledClassifier
-from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, shorten_question, template
-from mllm_protector_guard.types import Turn
+from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode, template
+from mllm_protector_guard.models.stream_scorer import IncrementalStream, can_stream
+from mllm_protector_guard.models.windows import Window, windows
+from mllm_protector_guard.ports import StreamScorer
+from mllm_protector_guard.rescoring import RescoringStream
+from mllm_protector_guard.types import ImageInput, Turn
 
 __all__ = ["LoadedDetector", "TransformersDetector", "load_classifier", "load_pooled", "pad"]
 
@@ -50,19 +54,14 @@ class LoadedDetector:
         max_tokens: Most tokens that it can read at once.
         harm_scores: From input_ids, attention_mask and answer_mask (see `PooledClassifier.forward`) to
             P(harmful), float [batch].
+        pooled: The model under `harm_scores`, if it can score a growing answer without reading it anew.
     """
 
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     max_tokens: int
     harm_scores: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Window:
-    turn: int
-    ids: list[int]
-    answer: range
+    pooled: PooledClassifier | None = None
 
 
 class TransformersDetector:
@@ -105,14 +104,29 @@ class TransformersDetector:
             CheckpointError: The model cannot be loaded.
         """
         loaded = self._ready()
-        windows = [window for index, turn in enumerate(turns) for window in self._windows(loaded, index, turn)]
+        found = [(index, window) for index, turn in enumerate(turns) for window in self._windows(loaded, turn)]
         scores = [0.0] * len(turns)
-        for batch in _batches(windows, self._batch_tokens or (4096 if loaded.device.type == "cpu" else 32768)):
-            for window, score in zip(batch, _forward(loaded, batch), strict=True):
-                if not 0.0 <= score <= 1.0:
-                    raise DetectorError("the detector's score is not a finite number; load it with dtype='float32'")
-                scores[window.turn] = max(scores[window.turn], score)
+        for batch in _batches(found, self._batch_tokens or (4096 if loaded.device.type == "cpu" else 32768)):
+            for (index, _), score in zip(batch, _forward(loaded, [window for _, window in batch]), strict=True):
+                scores[index] = max(scores[index], score)
         return scores
+
+    def open_stream(self, question: str | None, images: Sequence[ImageInput] = ()) -> StreamScorer:
+        """A scorer of one growing answer, whose last score is that of `score` on the whole.
+
+        Our causal detectors read each token once; all others score the answer so far at every feed.
+
+        Raises:
+            CheckpointError: The model cannot be loaded.
+        """
+        loaded = self._ready()
+        if loaded.pooled is None:
+            return RescoringStream(self, question, images)
+        return IncrementalStream(
+            loaded.pooled,
+            windows=lambda answer, told: list(self._windows(loaded, Turn(question=question, answer=answer), told=told)),
+            harm_scores=lambda logits: _checked(_harm_scores(logits, self.config)),
+        )
 
     def _ready(self) -> LoadedDetector:
         with self._lock:
@@ -120,30 +134,19 @@ class TransformersDetector:
                 self._loaded = self._load()
             return self._loaded
 
-    def _windows(self, loaded: LoadedDetector, index: int, turn: Turn) -> Iterator[_Window]:
+    def _windows(self, loaded: LoadedDetector, turn: Turn, *, told: bool = False) -> Iterator[Window]:
         encoded = encode(turn, self._template, loaded.tokenizer)
-        answer, suffix = encoded.answer, encoded.suffix
-        if not answer:
-            return
-        # A question may take half of a model that reads less than the configuration allows.
-        prefix = shorten_question(encoded.prefix, min(self.config.max_question_tokens, loaded.max_tokens // 2))
-        size = min(self.config.window_tokens, loaded.max_tokens - len(prefix) - len(suffix))
-        step = size - min(self.config.overlap_tokens, size // 2)
-        last = max(len(answer) - size, 0)
-        for start in sorted({*range(0, last, step), last}):
-            part = answer[start : start + size]
-            span = range(len(prefix), len(prefix) + len(part))
-            yield _Window(turn=index, ids=[*prefix, *part, *suffix], answer=span)
+        return windows(encoded, self.config, loaded.max_tokens, told=told)
 
 
-def _batches(windows: list[_Window], budget: int) -> Iterator[list[_Window]]:
-    """Windows of like length together, padded size within the budget."""
-    batch: list[_Window] = []
-    for window in sorted(windows, key=lambda w: len(w.ids)):
+def _batches(found: list[tuple[int, Window]], budget: int) -> Iterator[list[tuple[int, Window]]]:
+    """Windows of like length together, padded size within the budget; each with the index of its turn."""
+    batch: list[tuple[int, Window]] = []
+    for index, window in sorted(found, key=lambda item: len(item[1].ids)):
         if batch and (len(batch) + 1) * len(window.ids) > budget:
             yield batch
             batch = []
-        batch.append(window)
+        batch.append((index, window))
     if batch:
         yield batch
 
@@ -154,15 +157,26 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _forward(loaded: LoadedDetector, batch: list[_Window]) -> list[float]:
+def _forward(loaded: LoadedDetector, batch: list[Window]) -> list[float]:
     tensors = (
         pad([w.ids for w in batch], loaded.tokenizer.pad_token_id),
         pad([[1] * len(w.ids) for w in batch], 0),
         pad([[int(i in w.answer) for i in range(len(w.ids))] for w in batch], 0),
     )
     input_ids, attention_mask, answer_mask = (tensor.to(loaded.device) for tensor in tensors)
-    scores: list[float] = loaded.harm_scores(input_ids, attention_mask, answer_mask).double().tolist()
-    return scores
+    return _checked(loaded.harm_scores(input_ids, attention_mask, answer_mask))
+
+
+def _checked(scores: Tensor) -> list[float]:
+    values: list[float] = scores.double().tolist()
+    if not all(0.0 <= value <= 1.0 for value in values):
+        raise DetectorError("the detector's score is not a finite number; load it with dtype='float32'")
+    return values
+
+
+def _harm_scores(logits: Tensor, config: DetectorConfig) -> Tensor:
+    sign = 1.0 if config.polarity == "harmful" else -1.0
+    return torch.sigmoid(sign * logits / config.temperature)
 
 
 def load_pooled(
@@ -202,12 +216,17 @@ def load_pooled(
             source=folder,
         ) from error
     model.head.to(device)
-    sign = 1.0 if config.polarity == "harmful" else -1.0
 
     def harm_scores(input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
-        return torch.sigmoid(sign * model(input_ids, attention_mask, answer_mask) / config.temperature)
+        return _harm_scores(model(input_ids, attention_mask, answer_mask), config)
 
-    return LoadedDetector(tokenizer=tokenizer, device=device, max_tokens=max_tokens(backbone), harm_scores=harm_scores)
+    return LoadedDetector(
+        tokenizer=tokenizer,
+        device=device,
+        max_tokens=max_tokens(backbone),
+        harm_scores=harm_scores,
+        pooled=model if can_stream(backbone) else None,
+    )
 
 
 def _layers(layers: int | None) -> dict[str, int]:

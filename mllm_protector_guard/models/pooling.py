@@ -39,16 +39,28 @@ class PooledClassifier(nn.Module):
             answer_mask: int64 [batch, tokens], 1 for tokens of the answer, which stand together; at least one a row.
         """
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.pool(self.of_tokens(hidden), answer_mask)
+
+    def of_tokens(self, hidden: Tensor) -> Tensor:
+        """The head's logit of each token alone, float32 [batch, tokens].
+
+        Args:
+            hidden: Last hidden states of the backbone, [batch, tokens, hidden].
+        """
         with torch.autocast(hidden.device.type, enabled=False):
-            of_tokens: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
-            if self.pooling == "last":
-                positions = torch.arange(answer_mask.shape[1], device=hidden.device)
-                last = (answer_mask * positions).argmax(dim=1, keepdim=True)
-                return of_tokens.gather(1, last).squeeze(1)
-            of_answer, length = of_tokens * answer_mask, answer_mask.sum(dim=1)
-            if self.pooling == "mean":
-                return of_answer.sum(dim=1) / length
-            return _peak(of_answer, answer_mask, length, self.peak_tokens)
+            logits: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+            return logits
+
+    def pool(self, of_tokens: Tensor, answer_mask: Tensor) -> Tensor:
+        """The answers' logits, float32 [batch], from `of_tokens`; `answer_mask` is that of `forward`."""
+        if self.pooling == "last":
+            positions = torch.arange(answer_mask.shape[1], device=of_tokens.device)
+            last = (answer_mask * positions).argmax(dim=1, keepdim=True)
+            return of_tokens.gather(1, last).squeeze(1)
+        of_answer, length = of_tokens * answer_mask, answer_mask.sum(dim=1)
+        if self.pooling == "mean":
+            return of_answer.sum(dim=1) / length
+        return _peak(of_answer, answer_mask, length, self.peak_tokens)
 
 
 def _peak(of_tokens: Tensor, answer_mask: Tensor, length: Tensor, size: int) -> Tensor:

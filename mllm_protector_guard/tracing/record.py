@@ -54,6 +54,7 @@ class GuardRecord(BaseModel):
     question_chars: int
     answer_chars: int
     text_chars: int
+    released_chars: int | None = None
     question_sha256: str | None
     answer_sha256: str
     text_sha256: str
@@ -93,6 +94,7 @@ class GuardRecord(BaseModel):
             question_chars=len(turn.question or ""),
             answer_chars=len(turn.answer),
             text_chars=len(result.text),
+            released_chars=result.released_chars,
             question_sha256=None if turn.question is None else _sha256(turn.question),
             answer_sha256=_sha256(turn.answer),
             text_sha256=_sha256(result.text),

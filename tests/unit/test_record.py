@@ -58,6 +58,7 @@ def test_holds_what_was_decided_and_why():
         "question_chars": 4,
         "answer_chars": 7,
         "text_chars": 3,
+        "released_chars": None,
         "question_sha256": hashlib.sha256(b"why?").hexdigest(),
         "answer_sha256": hashlib.sha256(b"because").hexdigest(),
         "text_sha256": hashlib.sha256(b"out").hexdigest(),
