@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Genera
 
 from mllm_protector_guard.stream_check import END, StreamCheck
 from mllm_protector_guard.streaming import Done, Hold, Release
-from mllm_protector_guard.types import GuardResult
+from mllm_protector_guard.types import GuardResult, Outcome
 
 __all__ = ["AsyncGuardedStream", "GuardedStream"]
 
@@ -52,6 +52,11 @@ class GuardedStream(Iterator[str]):
         """
         return _result(self._check)
 
+    @property
+    def replaced(self) -> bool:
+        """Whether a rewrite or a refusal takes the place of the rest: what leaves from now on is not of the answer."""
+        return _replaced(self._check)
+
     def close(self) -> None:
         """Ends the stream where it is; what had left is recorded."""
         self._texts.close()
@@ -82,6 +87,11 @@ class AsyncGuardedStream(AsyncIterator[str]):
             RuntimeError: The stream has not ended, or broke off before anything had left.
         """
         return _result(self._check)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a rewrite or a refusal takes the place of the rest: what leaves from now on is not of the answer."""
+        return _replaced(self._check)
 
     async def aclose(self) -> None:
         """Ends the stream where it is; what had left is recorded."""
@@ -139,3 +149,7 @@ def _result(check: StreamCheck) -> GuardResult:
     if check.result is None:
         raise RuntimeError("a stream has a result once it has ended; this goes on, or broke off before any text left")
     return check.result
+
+
+def _replaced(check: StreamCheck) -> bool:
+    return check.result is not None and check.result.outcome in (Outcome.DETOXIFIED, Outcome.WITHHELD)

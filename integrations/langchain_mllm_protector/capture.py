@@ -14,6 +14,9 @@ A guard then looks upwards from its own run:
 4. `none`: no call, or calls that overlapped in time and asked different questions. A wrong question
    is worse than none.
 
+While an answer still comes in, its text is not known yet. Then only 1. counts, and 3. if that call still answers: a
+guard that finds no question so holds the answer, and looks again at its end.
+
 Not found: the question of a model that ran outside the guard's root run, or in a thread that was
 started without LangChain's context.
 """
@@ -36,7 +39,7 @@ from langchain_core.tracers.context import register_configure_hook
 
 from langchain_mllm_protector.messages import Question, answer_text, question_messages, question_of
 
-__all__ = ["PromptCapture", "enable_capture", "find_question"]
+__all__ = ["PromptCapture", "enable_capture", "find_question", "find_question_early"]
 
 MAX_OPEN_ROOTS = 16_384
 """Root runs that are remembered at once; beyond it the oldest is forgotten."""
@@ -87,9 +90,22 @@ class PromptCapture(BaseCallbackHandler):
 
     def find(self, run_id: UUID, answer: str | BaseMessage) -> tuple[Question | None, str]:
         """The question to `answer`, judged in the run `run_id`, and how it was matched."""
-        call, match = self._source(run_id, answer)
-        question = None if call is None else question_of(call.question)
-        return (None, "none") if question is None else (question, match)
+        scopes = self._scopes(run_id)
+        if written := _written(scopes, answer):
+            return _asked(_latest(written), "id")
+        calls = next((calls for calls in scopes if calls), [])
+        text = answer_text(answer)
+        if same := [call for call in calls if text in call.texts]:
+            return _asked(_latest(same), "text")
+        return _asked(_latest(calls), "ancestor")
+
+    def find_early(self, run_id: UUID, begun: str | BaseMessage) -> tuple[Question | None, str]:
+        """`find` for an answer that has only begun: no question as long as it may turn out to be another."""
+        scopes = self._scopes(run_id)
+        if written := _written(scopes, begun):
+            return _asked(_latest(written), "id")
+        call = _latest(next((calls for calls in scopes if calls), []))
+        return _asked(call if call is not None and call.ended is None else None, "ancestor")
 
     @property
     def open_runs(self) -> int:
@@ -220,19 +236,10 @@ class PromptCapture(BaseCallbackHandler):
                 found.append(run)
         return found
 
-    def _source(self, run_id: UUID, answer: str | BaseMessage) -> tuple[_Call | None, str]:
+    def _scopes(self, run_id: UUID) -> list[list[_Call]]:
+        """The calls under each run around `run_id`, nearest first, without those that failed."""
         with self._lock:
-            scopes = [[call for call in run.calls if not call.failed] for run in self._ancestors(run_id)]
-        message_id = None if isinstance(answer, str) else answer.id
-        if message_id is not None:
-            for calls in scopes:
-                written = [call for call in calls if call.wrote(message_id)]
-                if written:
-                    return _latest(written), "id"
-        calls = next((calls for calls in scopes if calls), [])
-        text = answer_text(answer)
-        same = [call for call in calls if text in call.texts]
-        return (_latest(same), "text") if same else (_latest(calls), "ancestor")
+            return [[call for call in run.calls if not call.failed] for run in self._ancestors(run_id)]
 
 
 CAPTURE: Final = PromptCapture()
@@ -254,6 +261,24 @@ def enable_capture() -> None:
 def find_question(run_id: UUID, answer: str | BaseMessage) -> tuple[Question | None, str]:
     """The captured question to `answer`, judged in the run `run_id`, and how it was matched."""
     return CAPTURE.find(run_id, answer)
+
+
+def find_question_early(run_id: UUID, begun: str | BaseMessage) -> tuple[Question | None, str]:
+    """`find_question` for an answer that has only begun: no question as long as it may turn out to be another."""
+    return CAPTURE.find_early(run_id, begun)
+
+
+def _written(scopes: Sequence[Sequence[_Call]], answer: str | BaseMessage) -> list[_Call]:
+    """The calls that the id of the message names, of the nearest run that has such calls."""
+    message_id = None if isinstance(answer, str) else answer.id
+    if message_id is None:
+        return []
+    return next((found for calls in scopes if (found := [c for c in calls if c.wrote(message_id)])), [])
+
+
+def _asked(call: _Call | None, match: str) -> tuple[Question | None, str]:
+    question = None if call is None else question_of(call.question)
+    return (None, "none") if question is None else (question, match)
 
 
 def _latest(calls: Sequence[_Call]) -> _Call | None:

@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import RunnableConfig
 
 from langchain_mllm_protector.capture import find_question
-from langchain_mllm_protector.messages import Question, answer_text, question_of, unpack, with_text
+from langchain_mllm_protector.messages import Message, Question, answer_text, question_of, unpack, with_text
 from mllm_protector_guard import (
     DetectorError,
     Guard,
@@ -25,7 +25,7 @@ from mllm_protector_guard import (
     Turn,
 )
 
-__all__ = ["Case", "MissingQuestion", "Step", "case_of", "check"]
+__all__ = ["Case", "MissingQuestion", "Step", "case_of", "check", "explicit_question", "origin_of", "with_record"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,7 @@ class Case:
             return result.text
         changed = result.outcome in (Outcome.DETOXIFIED, Outcome.WITHHELD)
         message = with_text(self.answer, result.text) if changed else self.answer
-        # Never with texts: the record would carry the harmful answer along.
-        record = self.record(result).model_dump(mode="json")
-        metadata = {**message.response_metadata, RECORD_KEY: record}
-        return cast("AIMessage", message.model_copy(update={"response_metadata": metadata}))
+        return cast("AIMessage", with_record(message, self.record(result)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,20 +73,25 @@ class Step:
         return cls(output=output, record=case.record(result, trace_content=trace_content))
 
 
+def with_record(message: Message, record: GuardRecord) -> Message:
+    """A copy of `message` with the record of its check, never with texts: they would carry a harmful answer along."""
+    shown = record.model_copy(update={"question": None, "answer": None, "text": None})
+    metadata = {**message.response_metadata, RECORD_KEY: shown.model_dump(mode="json")}
+    return message.model_copy(update={"response_metadata": metadata})
+
+
 def case_of(value: object, config: RunnableConfig, *, run_manager: BaseRunManager, capture: bool) -> Case:
     """The case of `value`, the input of the run that `run_manager` manages.
 
     Raises:
         TypeError: `value` holds no answer that can be judged, or its question is of no known kind.
     """
-    explicit, answer = unpack(value)
-    if explicit is None:
-        explicit = (config.get("configurable") or {}).get(QUESTION_KEY)
+    given, answer = unpack(value)
     question: Question | None = None
     match = "none"
+    explicit = explicit_question(given, config)
     if explicit is not None:
-        question = question_of(explicit)
-        match = "none" if question is None else "explicit"
+        question, match = explicit
     elif capture:
         question, match = find_question(run_manager.run_id, answer)
     return Case(
@@ -99,12 +101,31 @@ def case_of(value: object, config: RunnableConfig, *, run_manager: BaseRunManage
             answer=answer_text(answer),
             images=() if question is None else question.images,
         ),
-        origin=Origin(
-            integration="langchain",
-            question_match=match,
-            run_id=str(run_manager.run_id),
-            parent_run_id=None if run_manager.parent_run_id is None else str(run_manager.parent_run_id),
-        ),
+        origin=origin_of(match, run_manager),
+    )
+
+
+def explicit_question(given: object | None, config: RunnableConfig) -> tuple[Question | None, str] | None:
+    """The question that came with the answer or else with the call, and its match; None if none came.
+
+    Raises:
+        TypeError: The question is of no known kind.
+    """
+    if given is None:
+        given = (config.get("configurable") or {}).get(QUESTION_KEY)
+    if given is None:
+        return None
+    question = question_of(given)
+    return question, "none" if question is None else "explicit"
+
+
+def origin_of(match: str, run_manager: BaseRunManager) -> Origin:
+    """Where a check in the run that `run_manager` manages comes from, and how its question was found."""
+    return Origin(
+        integration="langchain",
+        question_match=match,
+        run_id=str(run_manager.run_id),
+        parent_run_id=None if run_manager.parent_run_id is None else str(run_manager.parent_run_id),
     )
 
 

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from functools import partial
+from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.messages import AIMessage
-from langchain_core.output_parsers import BaseTransformOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig
-from pydantic import ConfigDict, PrivateAttr, ValidationError
 
-from langchain_mllm_protector.capture import enable_capture
-from langchain_mllm_protector.cases import Case, MissingQuestion, Step, case_of, check
-from langchain_mllm_protector.messages import merge_stream
+from langchain_mllm_protector.cases import Case, Step, case_of, check
+from langchain_mllm_protector.settings import GuardSettings
+from langchain_mllm_protector.streams import StreamOpener, aguard_stream, arelay, guard_stream, relay
 from langchain_mllm_protector.tracing import areport, report
-from mllm_protector_guard import (
-    DEFAULT_REFUSAL,
-    ConfigError,
-    Detoxifier,
-    Guard,
-    GuardPolicy,
-    HarmDetector,
-    load_guard,
-)
 
 __all__ = ["ProtectorGuard"]
-
-# One lock for all guards; what it protects is quick, because models load at their first use.
-_loading = threading.Lock()
 
 _RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
-class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
+class ProtectorGuard(GuardSettings):
     """Lets only harmless answers leave a chain: `chain | ProtectorGuard()`.
 
     Every answer is scored together with its question. A harmless answer passes unchanged. A harmful one
@@ -90,8 +76,16 @@ class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
     Out of a list of messages the question is the last human message with its images, as the model got it,
     together with the human messages directly before it. Images are decoded, never fetched.
 
-    **Streams** are held until the answer is complete, judged once, and sent on as one chunk; nothing
-    leaves before the verdict. The events that the *model* sends of itself (`on_chat_model_stream` in
+    **Streams** are judged while they come in, as `Guard.stream` does it. No text leaves before a verdict that covers
+    it; harmless text leaves as it is. On harm no more of the answer leaves, and the rewrite or refusal follows on a
+    paragraph of its own. Usage, metadata, tool calls and the record come with the last chunk. Joined, the chunks of a
+    harmless answer are what the model's are. Some answers are held to their end:
+
+    - with `stream="whole"`, all: nothing leaves of an answer whose harm comes late, but users wait for all of it;
+    - dicts, messages that are no chunks, and those whose question is not sure before; given per call it is;
+    - from the first content on that is not plain text, such as reasoning, images or citations: the rest.
+
+    A reader that leaves early closes the source. The events that the *model* sends of itself (`on_chat_model_stream` in
     `astream_events`, LangGraph's `stream_mode="messages"`) are not the guard's to hold: do not
     show them to users. In traces, the input of the guard's run is the answer as the model gave it.
 
@@ -112,6 +106,8 @@ class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
         on_error: What happens to answers that could not be judged: "withhold", "raise" or "pass".
         on_missing_question: "answer_only" judges the answer alone, "warn" does so and logs a warning,
             "withhold" sends the refusal, "raise" raises `DetectorError`.
+        stream: "sentence" judges a stream at its sentence ends, a number after so many tokens, "whole" once, at its
+            end. What left before harm came up cannot be called back; but a guard that holds every answer is soon off.
         max_attempts: How many rewrites are tried, 1 to 10.
         timeout_s: Time limit of one check in seconds; None for none.
         refusal: What stands in the place of a withheld answer.
@@ -126,58 +122,6 @@ class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
     Raises:
         ConfigError: A setting is wrong or unknown, or contradicts `guard`.
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
-
-    model: str | Path = "smollm2-135m"
-    detector: HarmDetector | str | Path | None = None
-    detoxifier: Detoxifier | str | Path | None = None
-    guard: Guard | None = None
-    threshold: float | None = None
-    on_harm: Literal["detoxify", "withhold", "flag", "raise"] = "detoxify"
-    on_error: Literal["withhold", "raise", "pass"] = "withhold"
-    on_missing_question: MissingQuestion = "answer_only"
-    max_attempts: int = 2
-    timeout_s: float | None = None
-    refusal: str = DEFAULT_REFUSAL
-    device: str = "auto"
-    dtype: str = "auto"
-    local_files_only: bool | None = None
-    trace_content: bool = False
-    capture: bool = True
-
-    _loaded: Guard | None = PrivateAttr(default=None)
-
-    if not TYPE_CHECKING:  # type checkers read the fields instead
-
-        def __init__(self, **settings: Any) -> None:
-            try:
-                super().__init__(**settings)
-                self._policy()
-            except ValidationError as error:
-                faults = "; ".join(f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
-                raise ConfigError(f"ProtectorGuard cannot be built: {faults}") from error
-            self._refuse_settings_beside_guard()
-            if self.capture:
-                enable_capture()
-
-    @property
-    def InputType(self) -> Any:
-        """What the guard takes: an answer, or a dict of question and answer."""
-        return str | AIMessage | dict[str, Any]
-
-    @property
-    def OutputType(self) -> Any:
-        """What the guard gives: the answer in the type it came in."""
-        return str | AIMessage
-
-    def warm_up(self) -> None:
-        """Loads the models now, not at the first check.
-
-        Raises:
-            CheckpointError: A model cannot be loaded.
-        """
-        self._engine().warm_up()
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage | str:
         """The guarded answer, in the type it came in.
@@ -226,15 +170,42 @@ class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
     def transform(
         self, input: Iterator[Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[AIMessage | str]:
-        """One chunk with the guarded answer, after the last chunk of `input`."""
-        yield from self._transform_stream_with_config(input, self._transform, config, run_type="parser")
+        """The guarded answer in chunks, while `input` comes in. Closed early, it closes `input`; raises as `invoke`."""
+        with ExitStack() as closing:
+
+            def guarded(
+                input: Iterator[Any], run_manager: CallbackManagerForChainRun, config: RunnableConfig
+            ) -> Iterator[AIMessage | str]:
+                chunks = self._transform(input, run_manager, config)
+                closing.callback(chunks.close)  # first of all, so that its run is open when the record is reported
+                return chunks
+
+            parts = relay(input)
+            run = self._transform_stream_with_config(parts, guarded, config, run_type="parser")
+            closing.callback(run.close)  # type: ignore[attr-defined]  # a generator
+            closing.callback(parts.close)
+            for chunk in run:  # noqa: UP028 - `yield from` would close it first of all
+                yield chunk
 
     async def atransform(
         self, input: AsyncIterator[Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[AIMessage | str]:
-        """`transform` with the models in a worker thread; the event loop stays free."""
-        async for chunk in self._atransform_stream_with_config(input, self._atransform, config, run_type="parser"):
-            yield chunk
+        """`transform` with the models in worker threads; the event loop stays free."""
+        async with AsyncExitStack() as closing:
+
+            def guarded(
+                input: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
+            ) -> AsyncIterator[AIMessage | str]:
+                chunks = self._atransform(input, run_manager, config)
+                closing.push_async_callback(chunks.aclose)
+                return chunks
+
+            parts = arelay(input)
+            run = self._atransform_stream_with_config(parts, guarded, config, run_type="parser")
+            closing.push_async_callback(run.aclose)  # type: ignore[attr-defined]  # a generator
+            closing.push_async_callback(parts.aclose)
+            async for chunk in run:
+                yield chunk
 
     def parse(self, text: str) -> AIMessage | str:
         """The guarded text."""
@@ -248,20 +219,6 @@ class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
         """The first generation, guarded; `partial` makes no difference to how it is judged."""
         first = result[0]
         return self.invoke(first.message if isinstance(first, ChatGeneration) else first.text)
-
-    @property
-    def _type(self) -> str:
-        return "mllm_protector_guard"
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """The settings without loaded models: a copy in another process loads its own."""
-        return {**super().__getstate__(), "__pydantic_private__": {"_loaded": None}}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Restores the settings and the question capture."""
-        super().__setstate__(state)
-        if self.capture:
-            enable_capture()
 
     def _guard_one(
         self, value: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig
@@ -293,15 +250,25 @@ class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
 
     def _transform(  # type: ignore[override]  # LangChain finds the two further arguments by their names
         self, input: Iterator[Any], run_manager: CallbackManagerForChainRun, config: RunnableConfig
-    ) -> Iterator[AIMessage | str]:
-        if held := list(input):
-            yield self._guard_one(merge_stream(held), run_manager, config)
+    ) -> Generator[AIMessage | str]:
+        guard_one = partial(self._guard_one, run_manager=run_manager, config=config)
+        return guard_stream(input, self._opener(run_manager, config), run_manager, guard_one=guard_one)
 
-    async def _atransform(  # type: ignore[override]  # as above
+    def _atransform(  # type: ignore[override]  # as above
         self, input: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
-    ) -> AsyncIterator[AIMessage | str]:
-        if held := [chunk async for chunk in input]:
-            yield await self._aguard_one(merge_stream(held), run_manager, config)
+    ) -> AsyncGenerator[AIMessage | str]:
+        guard_one = partial(self._aguard_one, run_manager=run_manager, config=config)
+        return aguard_stream(input, self._opener(run_manager, config), run_manager, guard_one=guard_one)
+
+    def _opener(self, run_manager: _RunManager, config: RunnableConfig) -> StreamOpener:
+        return StreamOpener(
+            engine=self._engine,
+            mode=self.stream_mode,
+            on_missing_question=self.on_missing_question,
+            capture=self.capture,
+            config=config,
+            run_manager=run_manager,
+        )
 
     def _steps(
         self, values: Sequence[Any], run_managers: Sequence[_RunManager], configs: Sequence[RunnableConfig]
@@ -322,42 +289,6 @@ class ProtectorGuard(BaseTransformOutputParser[AIMessage | str]):
             else Step(output=case)
             for case in cases
         ]
-
-    def _engine(self) -> Guard:
-        """The guard that decides; its models load when they first score or write."""
-        if self.guard is not None:
-            return self.guard
-        with _loading:
-            if self._loaded is None:
-                self._loaded = load_guard(
-                    self.model,
-                    detector=self.detector,
-                    detoxifier=self.detoxifier,
-                    policy=self._policy(),
-                    trace_content=self.trace_content,
-                    device=self.device,
-                    dtype=self.dtype,
-                    local_files_only=self.local_files_only,
-                )
-            return self._loaded
-
-    def _refuse_settings_beside_guard(self) -> None:
-        if self.guard is None:
-            return
-        free = {"guard", "name", "capture", "on_missing_question"}
-        given = [
-            name
-            for name, field in type(self).model_fields.items()
-            if name not in free and getattr(self, name) != field.default
-        ]
-        if given:
-            raise ConfigError(
-                f"guard= brings its own models and policy and contradicts {', '.join(map(repr, given))}. "
-                "Set these where the Guard is built, or leave guard= out."
-            )
-
-    def _policy(self) -> GuardPolicy:
-        return GuardPolicy(**{name: getattr(self, name) for name in GuardPolicy.model_fields})
 
 
 def _value_or_raise(value: AIMessage | str | Exception) -> AIMessage | str:

@@ -23,7 +23,19 @@ from langchain_core.prompt_values import PromptValue
 
 from mllm_protector_guard import ImageInput
 
-__all__ = ["Question", "answer_text", "merge_stream", "question_messages", "question_of", "unpack", "with_text"]
+__all__ = [
+    "Content",
+    "Message",
+    "Question",
+    "answer_text",
+    "cannot_join",
+    "content_text",
+    "merge_stream",
+    "question_messages",
+    "question_of",
+    "unpack",
+    "with_text",
+]
 
 MAX_IMAGE_BYTES = 20 * 2**20
 """Larger images, in bytes, stay undecoded: they reach the guard as their data URL."""
@@ -40,6 +52,7 @@ _IDENTIFIER = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
 _DATA_URL = re.compile(r"data:(?P<media_type>[^;,]*)(?:;[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
 
 Message = TypeVar("Message", bound=BaseMessage)
+Content = str | list[str | dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -71,7 +84,12 @@ def unpack(value: object) -> tuple[object | None, str | BaseMessage]:
 
 def answer_text(answer: str | BaseMessage) -> str:
     """The text of an answer that is judged: all its text blocks, joined without a gap."""
-    return answer if isinstance(answer, str) else "".join(_texts(answer.content))
+    return answer if isinstance(answer, str) else content_text(answer.content)
+
+
+def content_text(content: str | Sequence[str | Mapping[str, Any]]) -> str:
+    """The text of a message's content that a reader sees: all its text blocks, joined without a gap."""
+    return "".join(_texts(content))
 
 
 def question_of(value: object) -> Question | None:
@@ -123,8 +141,13 @@ def merge_stream(parts: Sequence[object]) -> object:
     if len(dicts) == len(parts):
         by_key = {key: [d[key] for d in dicts if d.get(key) is not None] for key in ("question", "answer")}
         return {key: merge_stream(values) for key, values in by_key.items() if values}
+    raise cannot_join(parts)
+
+
+def cannot_join(parts: Sequence[object]) -> TypeError:
+    """The error for a stream of parts of these kinds."""
     kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
-    raise TypeError(f"ProtectorGuard cannot join a stream of {kinds}; stream str or message chunks of one kind")
+    return TypeError(f"ProtectorGuard cannot join a stream of {kinds}; stream str or message chunks of one kind")
 
 
 def with_text(message: Message, text: str) -> Message:
@@ -173,6 +196,8 @@ def _replace_text(blocks: Sequence[str | Mapping[str, Any]], text: str) -> list[
             # The index places the block in its stream; without it chunks would not join again.
             places = {} if isinstance(block, str) else {key: block[key] for key in ("id", "index") if key in block}
             kept.append(text if isinstance(block, str) else {"type": "text", "text": text, **places})
+    if text and not placed:
+        kept.append({"type": "text", "text": text})
     return kept
 
 

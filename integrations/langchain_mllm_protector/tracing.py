@@ -23,8 +23,8 @@ class ProtectorCallbackHandler(BaseCallbackHandler):
     """Writes the record of every check under a run to a sink: all scores and rewrites, passes included.
 
     It looks at the guard's own events only and keeps nothing. Whether records hold texts is the guard's
-    decision (`trace_content`); by default they hold lengths and hashes. A check that raises
-    `InferenceError` sends no record: its run ends with the error.
+    decision (`trace_content`); by default they hold lengths and hashes. A check of a whole answer
+    that raises `InferenceError` sends no record: its run ends with the error.
 
     Args:
         sink: Takes the records, for example a `JsonlSink`.

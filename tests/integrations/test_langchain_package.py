@@ -94,5 +94,5 @@ def test_the_examples_of_the_docstrings_run(module: object) -> None:
 
 def test_help_explains_every_setting() -> None:
     text = langchain_mllm_protector.ProtectorGuard.__doc__ or ""
-    for name in langchain_mllm_protector.ProtectorGuard.model_fields:
-        assert f"\n        {name}: " in text, name
+    for name, field in langchain_mllm_protector.ProtectorGuard.model_fields.items():
+        assert f"\n        {field.alias or name}: " in text, name
