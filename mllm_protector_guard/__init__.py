@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mllm_protector_guard.batching import BatchingDetector
 from mllm_protector_guard.errors import (
     CheckpointError,
     CheckTimeoutError,
     ConfigError,
     DataError,
+    DetectorBusyError,
     DetectorError,
     DetoxifierError,
     GuardError,
@@ -32,10 +34,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_REFUSAL",
     "AsyncGuardedStream",
+    "BatchingDetector",
     "CheckTimeoutError",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DetectorBusyError",
     "DetectorError",
     "Detoxifier",
     "DetoxifierError",

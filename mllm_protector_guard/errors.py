@@ -8,6 +8,7 @@ GuardError
 ├─ DataError (ValueError)              .path .line
 ├─ InferenceError                      a model failed while it ran
 │  ├─ DetectorError
+│  │  └─ DetectorBusyError               too many calls wait for it
 │  ├─ DetoxifierError
 │  └─ CheckTimeoutError (TimeoutError) the policy's time limit ran out
 └─ HarmfulAnswerError                  .result   only with on_harm="raise"
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DetectorBusyError",
     "DetectorError",
     "DetoxifierError",
     "GuardError",
@@ -101,6 +103,10 @@ class InferenceError(GuardError):
 
 class DetectorError(InferenceError):
     """The harm detector failed or gave no usable score."""
+
+
+class DetectorBusyError(DetectorError):
+    """So many calls wait for the detector that another one was refused at once."""
 
 
 class DetoxifierError(InferenceError):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, Iterable, Sequence
-from typing import Literal, overload
+from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal, TypeVar, overload
 
 from mllm_protector_guard import calls
 from mllm_protector_guard.calls import has_method, name_of, probability
 from mllm_protector_guard.errors import ConfigError, GuardError
 from mllm_protector_guard.guarded_stream import AsyncGuardedStream, GuardedStream
+from mllm_protector_guard.patience import in_thread
 from mllm_protector_guard.policy import GuardPolicy
 from mllm_protector_guard.ports import Detoxifier, HarmDetector, RecordSink
 from mllm_protector_guard.stream_check import StreamCheck
@@ -24,6 +25,8 @@ from mllm_protector_guard.verdicts import Case, Verdict, decide, detoxify, ms_si
 __all__ = ["Guard"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Guard:
@@ -154,7 +157,7 @@ class Guard:
 
     async def acheck(self, turn: Turn, *, origin: Origin | None = None) -> GuardResult:
         """`check` in a worker thread; the event loop stays free."""
-        return await asyncio.to_thread(self.check, turn, origin=origin)
+        return await self.in_thread(partial(self.check, turn, origin=origin))
 
     @overload
     async def acheck_batch(
@@ -177,8 +180,16 @@ class Guard:
     ) -> list[GuardResult] | list[GuardResult | GuardError]:
         """`check_batch` in a worker thread; the event loop stays free."""
         if return_exceptions:
-            return await asyncio.to_thread(self.check_batch, turns, origins=origins, return_exceptions=True)
-        return await asyncio.to_thread(self.check_batch, turns, origins=origins)
+            return await self.in_thread(partial(self.check_batch, turns, origins=origins, return_exceptions=True))
+        return await self.in_thread(partial(self.check_batch, turns, origins=origins))
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """The value of `call()` from a worker thread: one of the detector's `executor` if it has any, else of asyncio.
+
+        Raises:
+            ConfigError: The detector was closed.
+        """
+        return await in_thread(getattr(self.detector, "executor", None), call)
 
     def stream(
         self,
@@ -213,7 +224,7 @@ class Guard:
         origin: Origin | None = None,
     ) -> AsyncGuardedStream:
         """`stream` with the models in worker threads; the event loop stays free."""
-        return AsyncGuardedStream(self._stream_check(question, images, mode, origin), pieces)
+        return AsyncGuardedStream(self._stream_check(question, images, mode, origin), pieces, self.in_thread)
 
     def _stream_check(
         self, question: str | None, images: Sequence[ImageInput], mode: str | StreamPolicy, origin: Origin | None

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+)
+from functools import partial
 
 from mllm_protector_guard.stream_check import END, StreamCheck
 from mllm_protector_guard.streaming import Done, Hold, Release
 from mllm_protector_guard.types import GuardResult, Outcome
 
 __all__ = ["AsyncGuardedStream", "GuardedStream"]
+
+_InThread = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 class GuardedStream(Iterator[str]):
@@ -71,9 +82,9 @@ class GuardedStream(Iterator[str]):
 class AsyncGuardedStream(AsyncIterator[str]):
     """`GuardedStream` for an event loop; `Guard.astream` makes it. Models run in worker threads."""
 
-    def __init__(self, check: StreamCheck, pieces: AsyncIterable[str]) -> None:
+    def __init__(self, check: StreamCheck, pieces: AsyncIterable[str], in_thread: _InThread) -> None:
         self._check = check
-        self._texts = _atexts(check, pieces)
+        self._texts = _atexts(check, pieces, in_thread)
 
     async def __anext__(self) -> str:
         """The next text that may leave; raises as `GuardedStream` does."""
@@ -125,9 +136,9 @@ def _texts(check: StreamCheck, pieces: Iterable[str]) -> Generator[str]:
             pieces.close()
 
 
-async def _atexts(check: StreamCheck, pieces: AsyncIterable[str]) -> AsyncGenerator[str]:
+async def _atexts(check: StreamCheck, pieces: AsyncIterable[str], in_thread: _InThread) -> AsyncGenerator[str]:
     try:
-        await asyncio.to_thread(check.prepare)
+        await in_thread(check.prepare)
         source = aiter(pieces)
         while not isinstance(event := check.poll(), Done):
             if isinstance(event, Release):
@@ -135,8 +146,8 @@ async def _atexts(check: StreamCheck, pieces: AsyncIterable[str]) -> AsyncGenera
             elif isinstance(event, Hold):
                 check.take(await anext(source, END))
             else:
-                await asyncio.to_thread(check.respond, event)
-        await asyncio.to_thread(check.finish)
+                await in_thread(partial(check.respond, event))
+        await in_thread(check.finish)
     except BaseException as error:
         check.break_off(error)
         raise

@@ -20,7 +20,8 @@ class HarmDetector(Protocol):
     A detector may also have `threshold: float`, the calibrated score from which it calls an answer
     harmful (else 0.5), and `warm_up() -> None`, which loads what scoring needs. The guard calls it before
     every check, so it must cost nothing once all is loaded. `score` and `warm_up` are called from several
-    threads at once.
+    threads at once: those of the callers, and of `executor`, a `concurrent.futures.Executor` that it may have for the
+    checks of async callers. Without one these share the few threads that asyncio has.
     """
 
     def score(self, turns: Sequence[Turn]) -> list[float]:

@@ -36,12 +36,14 @@ HEAVY = {
 }
 LIGHT_MODULES = [
     "mllm_protector_guard",
+    "mllm_protector_guard.batching",
     "mllm_protector_guard.calls",
     "mllm_protector_guard.errors",
     "mllm_protector_guard.fakes",
     "mllm_protector_guard.guard",
     "mllm_protector_guard.guarded_stream",
     "mllm_protector_guard.jsonl",
+    "mllm_protector_guard.patience",
     "mllm_protector_guard.policy",
     "mllm_protector_guard.ports",
     "mllm_protector_guard.rescoring",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
+from mllm_protector_guard.batching import BatchingDetector
 from mllm_protector_guard.errors import CheckpointError, ConfigError
 from mllm_protector_guard.guard import Guard
 from mllm_protector_guard.models import catalog
@@ -149,6 +150,7 @@ def load_guard(
     policy: GuardPolicy | None = None,
     sinks: Sequence[RecordSink] = (),
     trace_content: bool = False,
+    batching: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     local_files_only: bool | None = None,
@@ -162,6 +164,8 @@ def load_guard(
         policy: What to do with a score; `GuardPolicy()` when None.
         sinks: Take a record of every check.
         trace_content: Whether records hold the texts themselves.
+        batching: Whether checks that run at the same time share forward passes of the detector, as a server wants;
+            for other settings than the default ones give `detector=BatchingDetector(load_detector(), ...)`.
         device: Of both models.
         dtype: Of both models.
         local_files_only: True fetches nothing, as `MLLM_PROTECTOR_OFFLINE=1` does for all.
@@ -179,6 +183,8 @@ def load_guard(
     placement: dict[str, Any] = {"device": device, "dtype": dtype, "local_files_only": local_files_only}
     if detector is None or isinstance(detector, str | Path):
         detector = load_detector(detector or model, **placement)
+    if batching and not isinstance(detector, BatchingDetector):
+        detector = BatchingDetector(detector)
     if isinstance(detoxifier, str | Path) or (detoxifier is None and policy.on_harm == "detoxify"):
         detoxifier = load_detoxifier(detoxifier or model, **placement)
     return Guard(detector=detector, detoxifier=detoxifier, policy=policy, sinks=sinks, trace_content=trace_content)
