@@ -242,7 +242,8 @@ class ProtectorGuard(GuardSettings):
     async def _aguard_all(
         self, values: list[Any], run_manager: list[AsyncCallbackManagerForChainRun], config: list[RunnableConfig]
     ) -> list[AIMessage | str | Exception]:
-        steps = await asyncio.to_thread(self._steps, values, run_manager, config)
+        engine = await asyncio.to_thread(self._engine)  # may load models
+        steps = await engine.in_thread(partial(self._steps, values, run_manager, config))
         for step, manager in zip(steps, run_manager, strict=True):
             if step.record is not None:
                 await areport(step.record, manager)

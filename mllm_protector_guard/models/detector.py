@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,11 @@ class TransformersDetector:
         loaded = self._ready()
         found = [(index, window) for index, turn in enumerate(turns) for window in self._windows(loaded, turn)]
         scores = [0.0] * len(turns)
-        for batch in _batches(found, self._batch_tokens or (4096 if loaded.device.type == "cpu" else 32768)):
+        on_cpu = loaded.device.type == "cpu"
+        budget = self._batch_tokens or (4096 if on_cpu else 32768)
+        # A CPU works on padding as long as on text: eight answers of 120 to 1,000 characters took 1.7 times as long
+        # in one batch as one by one, and 0.9 times in batches of like length. A GPU pays for every pass.
+        for batch in _batches(found, budget, length_ratio=1.25 if on_cpu else math.inf):
             for (index, _), score in zip(batch, _forward(loaded, [window for _, window in batch]), strict=True):
                 scores[index] = max(scores[index], score)
         return scores
@@ -139,11 +144,17 @@ class TransformersDetector:
         return windows(encoded, self.config, loaded.max_tokens, told=told)
 
 
-def _batches(found: list[tuple[int, Window]], budget: int) -> Iterator[list[tuple[int, Window]]]:
-    """Windows of like length together, padded size within the budget; each with the index of its turn."""
+def _batches(
+    found: list[tuple[int, Window]], budget: int, *, length_ratio: float
+) -> Iterator[list[tuple[int, Window]]]:
+    """Windows of like length together, padded size within the budget; each with the index of its turn.
+
+    The longest of a batch is at most `length_ratio` times as long as the shortest.
+    """
     batch: list[tuple[int, Window]] = []
     for index, window in sorted(found, key=lambda item: len(item[1].ids)):
-        if batch and (len(batch) + 1) * len(window.ids) > budget:
+        length = len(window.ids)
+        if batch and ((len(batch) + 1) * length > budget or length > length_ratio * len(batch[0][1].ids)):
             yield batch
             batch = []
         batch.append((index, window))
