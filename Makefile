@@ -50,11 +50,12 @@ train: pull ## train a model: make train ARGS="detector --train rows.jsonl --dev
 WRITTEN := mllm_protector_guard/training/written
 HERE = $(foreach name,$(2),--$(1) $(DATA)/$(name).jsonl.gz)
 DETECTOR_FILES = $(call HERE,train,detector_train_human detector_train_modeljudge detector_train_safe_answers \
-	benign_instructions detector_hard_negatives_written) --train $(WRITTEN)/hard_negatives.jsonl $(call HERE,dev,detector_dev)
+	benign_instructions detector_hard_negatives_written) \
+	$(foreach name,hard_negatives plain_answers image_answers,--train $(WRITTEN)/$(name).jsonl) $(call HERE,dev,detector_dev)
 LABEL_FILES = $(call HERE,pairs,detox_pairs_weak_hh detox_rewrites_written) \
 	$(foreach name,hh hh_mild rewrites_harmless,--labels $(WRITTEN)/labels/$(name).jsonl) --dev-labels $(WRITTEN)/labels/hh_dev.jsonl
 DETOXIFIER_FILES = $(call HERE,train,detox_rewrites_written detox_triples detox_pairs_weak_hh) \
-	$(foreach name,rewrites hh_rewrites,--targets $(WRITTEN)/$(name).jsonl) \
+	--targets $(WRITTEN)/rewrites.jsonl \
 	$(call HERE,answers,detector_train_human detector_train_modeljudge detector_train_safe_answers)
 WEIGHTS ?= weights
 RECIPE = --resume --recipe $(1) --output $(WEIGHTS)/$(1) $(if $(2),--set start_from=$(WEIGHTS)/$(2))
@@ -63,14 +64,15 @@ weights: pull ## train the shipped models anew, in about four hours: make weight
 	@test -n "$(DATA)" || { echo "name the folder of the training files: make weights DATA=my-folder"; exit 2; }
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-open-detector-1)
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-open-detector,smollm2-135m-open-detector-1)
-	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-detector)
-	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier-1)
-	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier,smollm2-135m-open-detoxifier-1)
+	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-detector-1)
+	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector,smollm2-135m-detector-1)
+	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-detoxifier,smollm2-135m-open-detoxifier)
 
 bench: pull ## time scoring and rewriting with the default model
 	$(FAST) $(BIN)/python benchmarks/guard.py
 	$(FAST) $(BIN)/python benchmarks/streaming.py
+	$(FAST) $(BIN)/python benchmarks/concurrency.py
 
 rewrites: pull ## measure the rewrites: make rewrites ARGS="--data rows.jsonl --judge my-judge --output measured"
 	$(BIN)/python -m pip install --quiet --no-deps --group judge

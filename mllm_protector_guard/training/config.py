@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mllm_protector_guard.errors import ConfigError
 from mllm_protector_guard.models.checkpoint import BaseReference, Pooling
@@ -121,6 +121,9 @@ class DetectorRecipe(_Common):
         calibration_rows: Rows of the dev files for temperature and threshold, those of `metric_sources` and
             `fpr_sources` first.
         max_fpr: Highest false positive rate on harmless-only dev sources that the threshold may cause.
+        start_share: Share of the weights of `start_from` in a mean with the trained ones, which then is the model
+            (Wortsman et al., arXiv 2109.01903). The two must not be far apart: a mean of adapters is that of their
+            factors, not of their products.
         metric_sources: Dev sources whose F1 the threshold maximises within `max_fpr`; empty for all.
         fpr_sources: The harmless-only dev sources that count for `max_fpr`; empty for all. A source with wrong labels
             does not belong here.
@@ -139,10 +142,17 @@ class DetectorRecipe(_Common):
     disclaimer_share: float = Field(default=0.0, ge=0, le=1)
     pair_weight: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    start_share: float = Field(default=0.0, ge=0, lt=1)
     calibration_rows: int = Field(default=2000, ge=1)
     max_fpr: float = Field(default=0.02, gt=0, lt=1)
     metric_sources: tuple[str, ...] = ()
     fpr_sources: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> DetectorRecipe:
+        if self.start_share and self.start_from is None:
+            raise ValueError("start_share needs start_from")
+        return self
 
 
 class DetoxifierRecipe(_Common):

@@ -31,7 +31,7 @@ from mllm_protector_guard.training.config import DetectorRecipe
 from mllm_protector_guard.training.labels import join_labels
 from mllm_protector_guard.training.rows import AnswerRow, RewriteRow, choose, licensed, read_training_rows
 from mllm_protector_guard.training.trainer import finish, fit, is_done, is_main_process, wait_for_all
-from mllm_protector_guard.training.weights import below
+from mllm_protector_guard.training.weights import below, trained_weights
 from mllm_protector_guard.types import Turn
 
 __all__ = ["train_detector"]
@@ -87,8 +87,11 @@ def train_detector(
     classifier = _classifier(recipe, base)
     model = _WithLoss(classifier, label_smoothing=recipe.label_smoothing, pair_weight=recipe.pair_weight).train()
     items = encode_rows(rows, recipe, tokenizer)
+    start = {name: weight.clone() for name, weight in trained_weights(model).items()} if recipe.start_share else {}
     trained = fit(model, items, lambda batch: collate(batch, tokenizer.pad_token_id), recipe, folder, resume=resume)
     if is_main_process():
+        for name, weight in start.items():
+            trained[name] = trained[name].lerp(weight.to(trained[name].dtype), recipe.start_share)
         save_adapter(classifier.backbone, below(trained, "classifier.backbone."), folder)
         save_file(below(trained, "classifier.head."), folder / HEAD_FILE)
         finish(folder, calibrated(folder, config, recipe, dev_rows, local_files_only))

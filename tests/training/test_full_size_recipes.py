@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from mllm_protector_guard import ConfigError, load_detector, load_detoxifier
@@ -132,6 +133,22 @@ class TestStartingFromADetector:
         for file in ("adapter_model.safetensors", "head.safetensors"):
             before, after = load_file(first / file), load_file(second / file)
             assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
+
+    def test_a_share_of_the_start_gives_a_mean_of_both(self, first, base, rows, dev, tmp_path):
+        folders = {}
+        for share in (0.0, 0.25):
+            recipe = detector_recipe(base, start_from=str(first), start_share=share, epochs=1, seed=99)
+            folders[share] = train_detector(recipe, train=[rows], dev=[dev], output=tmp_path / str(share))
+        for file in ("adapter_model.safetensors", "head.safetensors"):
+            start, trained, mean = (load_file(folder / file) for folder in (first, folders[0.0], folders[0.25]))
+            assert any(not torch.allclose(start[name], trained[name], rtol=0, atol=1e-3) for name in start)
+            for name, weight in mean.items():
+                wanted = 0.25 * start[name].float() + 0.75 * trained[name].float()
+                assert torch.allclose(weight.float(), wanted, rtol=2e-3, atol=1e-4)
+
+    def test_a_share_needs_a_start(self, base):
+        with pytest.raises(ValidationError, match="start_share needs start_from"):
+            detector_recipe(base, start_share=0.5)
 
     @pytest.mark.parametrize(
         ("fields", "named"),

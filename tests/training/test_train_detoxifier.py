@@ -1,6 +1,7 @@
 """Training of detoxifiers on tiny models."""
 
 import json
+import re
 from difflib import SequenceMatcher
 from importlib import resources
 
@@ -121,10 +122,12 @@ class TestTargets:
     def test_the_written_rewrites_are_whole(self):
         path = resources.files("mllm_protector_guard.training") / "written" / "rewrites.jsonl"
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        assert len(rows) > 800
+        assert len(rows) > 2900
         assert len({row["sha256"] for row in rows}) == len(rows)
         firsts = {row["accepted"].partition(".")[0] for row in rows}
         assert len(firsts) > 0.99 * len(rows)
+        assert all(len(row["accepted"].split()) <= 45 and len(row["accepted"]) <= 300 for row in rows)
+        assert not [row for row in rows if re.search(r"[0-9]{3}-|\b(911|988|112)\b", row["accepted"])]
         assert all(row["extra"]["licence"].startswith("Apache-2.0") for row in rows)
 
 
