@@ -35,7 +35,7 @@ class TestRecipes:
         fields += ("start_from=null",)
         kind = DetectorRecipe if "-detector" in name else None
         small = [o for o in self.SMALL if kind or o.partition("=")[0] not in ("layers", "calibration_rows")]
-        extra = ("metric_sources=[]",) if kind else ("identity_rows=0",)
+        extra = ("metric_sources=[]", "start_share=0") if kind else ("identity_rows=0",)
         return load_recipe(name, overrides=[*fields, *small, *extra])
 
     @pytest.mark.parametrize("name", [name for name in recipe_names() if "-detector" in name])
