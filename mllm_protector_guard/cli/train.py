@@ -42,7 +42,7 @@ def detector(
         options.existing("--dev", help="The same; sets temperature and threshold, never trained on."),
     ],
     output: Output,
-    recipe: Recipe = "smollm2-135m-detector",
+    recipe: Recipe = "smollm2-135m-detector-1",
     pairs: Annotated[
         list[Path] | None,
         options.existing(

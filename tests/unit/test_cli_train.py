@@ -1,10 +1,15 @@
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from mllm_protector_guard.cli import train
 from mllm_protector_guard.cli.main import app
+from mllm_protector_guard.models import catalog
+from mllm_protector_guard.training.config import load_recipe
 
 
 def run(*args: str | Path) -> Result:
@@ -33,6 +38,12 @@ def test_a_recipe_of_the_other_kind_is_refused(rows: Path, tmp_path: Path) -> No
     assert result.exit_code == 2
     assert "is for a detector" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [train.detector, train.detoxifier])
+def test_the_default_recipe_starts_from_nothing_that_is_not_there(command: Callable[..., None]) -> None:
+    recipe = load_recipe(inspect.signature(command).parameters["recipe"].default)
+    assert recipe.start_from is None or recipe.start_from in catalog.names()
 
 
 def test_a_wrong_override_is_refused(rows: Path, tmp_path: Path) -> None:
