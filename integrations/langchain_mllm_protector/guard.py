@@ -242,7 +242,9 @@ class ProtectorGuard(GuardSettings):
     async def _aguard_all(
         self, values: list[Any], run_manager: list[AsyncCallbackManagerForChainRun], config: list[RunnableConfig]
     ) -> list[AIMessage | str | Exception]:
-        engine = await asyncio.to_thread(self._engine)  # may load models
+        engine = self.guard or self._loaded
+        if engine is None:
+            engine = await asyncio.to_thread(self._engine)
         steps = await engine.in_thread(partial(self._steps, values, run_manager, config))
         for step, manager in zip(steps, run_manager, strict=True):
             if step.record is not None:
