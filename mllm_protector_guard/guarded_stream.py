@@ -23,7 +23,32 @@ __all__ = ["AsyncGuardedStream", "GuardedStream"]
 _InThread = Callable[[Callable[[], None]], Awaitable[None]]
 
 
-class GuardedStream(Iterator[str]):
+class _Checked:
+    """What both kinds of stream tell of their check."""
+
+    _check: StreamCheck
+
+    @property
+    def result(self) -> GuardResult:
+        """The verdict on the answer, with all that left as its text.
+
+        Raises:
+            RuntimeError: The stream has not ended, or broke off before anything had left.
+        """
+        if self._check.result is None:
+            raise RuntimeError(
+                "a stream has a result once it has ended; this goes on, or broke off before any text left"
+            )
+        return self._check.result
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a rewrite or a refusal takes the place of the rest: what leaves from now on is not of the answer."""
+        result = self._check.result
+        return result is not None and result.outcome in (Outcome.DETOXIFIED, Outcome.WITHHELD)
+
+
+class GuardedStream(_Checked, Iterator[str]):
     """The texts of one answer that may leave, in order; `Guard.stream` makes it.
 
     Joined they are the answer byte for byte, if it is harmless. A stream that is not read to its end should be
@@ -54,20 +79,6 @@ class GuardedStream(Iterator[str]):
         """
         return next(self._texts)
 
-    @property
-    def result(self) -> GuardResult:
-        """The verdict on the answer, with all that left as its text.
-
-        Raises:
-            RuntimeError: The stream has not ended, or broke off before anything had left.
-        """
-        return _result(self._check)
-
-    @property
-    def replaced(self) -> bool:
-        """Whether a rewrite or a refusal takes the place of the rest: what leaves from now on is not of the answer."""
-        return _replaced(self._check)
-
     def close(self) -> None:
         """Ends the stream where it is; what had left is recorded."""
         self._texts.close()
@@ -79,7 +90,7 @@ class GuardedStream(Iterator[str]):
         self.close()
 
 
-class AsyncGuardedStream(AsyncIterator[str]):
+class AsyncGuardedStream(_Checked, AsyncIterator[str]):
     """`GuardedStream` for an event loop; `Guard.astream` makes it. Models run in worker threads."""
 
     def __init__(self, check: StreamCheck, pieces: AsyncIterable[str], in_thread: _InThread) -> None:
@@ -89,20 +100,6 @@ class AsyncGuardedStream(AsyncIterator[str]):
     async def __anext__(self) -> str:
         """The next text that may leave; raises as `GuardedStream` does."""
         return await anext(self._texts)
-
-    @property
-    def result(self) -> GuardResult:
-        """The verdict on the answer, with all that left as its text.
-
-        Raises:
-            RuntimeError: The stream has not ended, or broke off before anything had left.
-        """
-        return _result(self._check)
-
-    @property
-    def replaced(self) -> bool:
-        """Whether a rewrite or a refusal takes the place of the rest: what leaves from now on is not of the answer."""
-        return _replaced(self._check)
 
     async def aclose(self) -> None:
         """Ends the stream where it is; what had left is recorded."""
@@ -154,13 +151,3 @@ async def _atexts(check: StreamCheck, pieces: AsyncIterable[str], in_thread: _In
     finally:
         if isinstance(pieces, AsyncGenerator):
             await pieces.aclose()
-
-
-def _result(check: StreamCheck) -> GuardResult:
-    if check.result is None:
-        raise RuntimeError("a stream has a result once it has ended; this goes on, or broke off before any text left")
-    return check.result
-
-
-def _replaced(check: StreamCheck) -> bool:
-    return check.result is not None and check.result.outcome in (Outcome.DETOXIFIED, Outcome.WITHHELD)
