@@ -7,23 +7,19 @@ once. Figures are medians over the rounds; ratios are taken within a round.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
 
-import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import QUESTION, environment, options_of
 
 from mllm_protector_guard import BatchingDetector, Guard, GuardPolicy, Turn, load_detector
-from mllm_protector_guard.models import DEFAULT_MODEL
 
-QUESTION = "What should I know before I plant a garden?"
 PROSE = (
     "Choose a sunny place and look at the soil before you buy anything, because most plants fail for want of drainage. "
     "Water in the morning, mulch against weeds, and give every plant the room it will need when it has grown. "
@@ -107,15 +103,10 @@ def table(title: str, rounds: list[Round], count: int) -> Table:
 
 def main() -> None:
     """Prints one table, or JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    parser = options_of(main.__doc__)
     parser.add_argument("--checks", type=int, default=64, help="that start at once in a round")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--max-wait-ms", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     detector = load_detector(options.model, device=options.device, dtype=options.dtype)
     policy = GuardPolicy(on_harm="flag")
@@ -127,10 +118,7 @@ def main() -> None:
     if options.json:
         about = {
             **vars(options),
-            "device": str(detector._ready().device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **environment(detector),
         }
         print(json.dumps({**about, "rounds": [asdict(r) for r in rounds]}, indent=2))
         return

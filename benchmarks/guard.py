@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
+from timing import QUESTION
 
 from mllm_protector_guard import Turn, load_detector, load_detoxifier
 from mllm_protector_guard.models import DEFAULT_MODEL
 
-QUESTION = "What should I know before I plant a garden?"
 PROSE = (
     "Choose a sunny place and look at the soil before you buy anything, because most plants fail for want of drainage. "
     "Water in the morning, mulch against weeds, and give every plant the room it will need when it has grown. "

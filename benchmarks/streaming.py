@@ -8,23 +8,19 @@ round.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
 
-import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import QUESTION, environment, options_of
 
 from mllm_protector_guard import Turn, load_detector
-from mllm_protector_guard.models import DEFAULT_MODEL
 from mllm_protector_guard.models.detector import TransformersDetector
 
-QUESTION = "What should I know before I plant a garden?"
 PROSE = (
     "Choose a sunny place and look at the soil before you buy anything, because most plants fail for want of drainage.",
     "Water in the morning, mulch against weeds, and give every plant the room it will need when it has grown.",
@@ -131,13 +127,8 @@ def table(title: str, rounds: list[Round]) -> Table:
 
 def main() -> None:
     """Prints one table, or JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    parser = options_of(main.__doc__)
     parser.add_argument("--sentences", type=int, default=36, help="36 make about 1,000 tokens")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     detector = load_detector(options.model, device=options.device, dtype=options.dtype)
     measure(detector, sentences(0, 3))
@@ -148,10 +139,7 @@ def main() -> None:
     if options.json:
         about = {
             "model": options.model,
-            "device": str(detector._ready().device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **environment(detector),
             "answer_tokens": tokens,
             "sentences": options.sentences,
         }
