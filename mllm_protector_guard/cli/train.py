@@ -42,7 +42,7 @@ def detector(
         options.existing("--dev", help="The same; sets temperature and threshold, never trained on."),
     ],
     output: Output,
-    recipe: Recipe = "smollm2-135m-detector-1",
+    recipe: Recipe = "adapt-detector",
     pairs: Annotated[
         list[Path] | None,
         options.existing(
@@ -96,7 +96,7 @@ def detoxifier(
         options.existing("--train", help='Lines of {"question", "rejected", "accepted"}.'),
     ],
     output: Output,
-    recipe: Recipe = "smollm2-135m-detoxifier",
+    recipe: Recipe = "adapt-detoxifier",
     targets: Annotated[
         list[Path] | None,
         options.existing(

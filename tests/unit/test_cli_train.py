@@ -46,6 +46,13 @@ def test_the_default_recipe_starts_from_nothing_that_is_not_there(command: Calla
     assert recipe.start_from is None or recipe.start_from in catalog.names()
 
 
+@pytest.mark.parametrize("command", [train.detector, train.detoxifier])
+def test_the_default_recipe_takes_rows_of_any_source(command: Callable[..., None]) -> None:
+    recipe = load_recipe(inspect.signature(command).parameters["recipe"].default)
+    assert (recipe.sources, recipe.other_sources.rows, recipe.licences) == ({}, None, None)
+    assert getattr(recipe, "metric_sources", ()) == ()
+
+
 def test_a_wrong_override_is_refused(rows: Path, tmp_path: Path) -> None:
     result = run("detector", "--train", rows, "--dev", rows, "-o", tmp_path / "out", "--set", "no_such_field=1")
     assert result.exit_code == 2
