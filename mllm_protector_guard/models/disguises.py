@@ -139,12 +139,14 @@ _PARTS = re.compile(r"([-'’])")
 _STRONG = re.compile(r"[A-Za-z][013457@$!][A-Za-z]")
 _WORD = re.compile(r"[A-Za-z0134567@$!89]+")
 _ORDINARY = re.compile(
-    r"\d*1st|\d*2nd|\d*3rd|\d+(?:th|k|m|b|g|x|am|pm|kg|mg|ml|cm|mm|km|hz|gb|mb|kb|h|d|p)?|mp[34]|[A-F0-9]+|[A-Z0-9]{1,4}"
+    r"\d*1st|\d*2nd|\d*3rd|\d+(?:th|k|m|b|g|x|am|pm|kg|mg|ml|cm|mm|km|hz|gb|mb|kb|h|d|p|px|pt|em|ms|ft|lbs?|oz)?|\d+x\d*|mp[34]|[A-F0-9]+|[A-Z0-9]{1,4}"
 )
 # Words of digits and signs alone; read so only where most words are leet.
 _NUMBER_WORDS = {
     "4": "a", "45": "as", "47": "at", "1": "i", "15": "is", "17": "it", "175": "its", "50": "so", "70": "to",
-    "700": "too", "411": "all", "@": "a", "@$": "as", "!$": "is",
+    "700": "too", "411": "all", "@": "a", "@$": "as", "!$": "is", "83": "be", "637": "get", "537": "set", "533": "see",
+    "4150": "also", "8357": "best", "4813": "able", "7311": "tell", "57111": "still", "57341": "steal",
+    "13641": "legal",
 }  # fmt: skip
 _ENDINGS = {"5": "s", "$": "s", "7": "t", "11": "ll"}
 _HEAVY_SHARE = 0.3
@@ -153,6 +155,11 @@ _LONGEST_WORD = 30
 _LONGEST_NAME = 4
 _LEET_WORDS = 2
 _LEET_SHARE = 0.2
+# Weaker evidence, and so more of it: digits or signs anywhere in a word, save those of names in code ("list2", "$n").
+_MIXED = re.compile(r"[A-Za-z][0134567@$!89]|[0134567@$!89][A-Za-z]")
+_CODE_NAME = re.compile(r"[A-Za-z]+\d+|[$@][A-Za-z]+\d*")
+_MIXED_WORDS = 3
+_MIXED_SHARE = 0.25
 # So many different leet words tell even in a long text.
 _MANY_LEET_WORDS = 8
 _MANY_LEET_SHARE = 0.05
@@ -169,24 +176,26 @@ _ELL = {
 def unleeted(text: str) -> str:
     """The text with letters for the digits and signs in words such as "m4k3", if it is written so.
 
-    It is if at least two of its words, and a fifth, have a digit or sign between letters, or eight and a twentieth.
-    Plain numbers, ordinals, amounts with units, addresses and code stay.
+    It is if at least two of its words, and a fifth, have a digit or sign between letters, or eight and a twentieth; or
+    if three, and a quarter, hold letters and digits in any order. Plain numbers, ordinals, amounts with units,
+    addresses and code stay.
     """
-    if not _STRONG.search(text):
+    if not _MIXED.search(text):
         return text
     if text.isupper():
         lower = text.lower()
         plain = unleeted(lower)
         return text if plain == lower else plain.upper()
     words = [part for chunk in text.split() for part in _words(chunk) if any(map(str.isalpha, part))]
-    strong = [word for word in words if _is_strong(word)]
-    share = len(strong) / max(len(words), 1)
+    mixed = [word for word in words if _is_mixed(word)]
+    strong = [word for word in mixed if _STRONG.search(word)]
     if not (
-        (len(strong) >= _LEET_WORDS and share >= _LEET_SHARE)
-        or (len(set(strong)) >= _MANY_LEET_WORDS and share >= _MANY_LEET_SHARE)
+        (len(strong) >= _LEET_WORDS and len(strong) >= _LEET_SHARE * len(words))
+        or (len(set(strong)) >= _MANY_LEET_WORDS and len(strong) >= _MANY_LEET_SHARE * len(words))
+        or (len(set(mixed)) >= _MIXED_WORDS and len(mixed) >= _MIXED_SHARE * len(words))
     ):
         return text
-    heavy = share >= _HEAVY_SHARE
+    heavy = len(mixed) >= _HEAVY_SHARE * len(words)
     return _CHUNK.sub(lambda match: _unleeted_chunk(match[0], heavy), text)
 
 
@@ -200,10 +209,10 @@ def _core(chunk: str) -> str:
     return chunk.lstrip(_BEFORE).rstrip(_AFTER)
 
 
-def _is_strong(word: str) -> bool:
-    if _ORDINARY.fullmatch(word) or 2 * _letters(word) < len(word):
+def _is_mixed(word: str) -> bool:
+    if word.isalpha() or _ORDINARY.fullmatch(word) or _CODE_NAME.fullmatch(word):
         return False
-    return bool(_STRONG.search(word)) and (len(word) > _LONGEST_NAME or not word.isupper())
+    return len(word) > _LONGEST_NAME or not word.isupper()
 
 
 def _unleeted_chunk(chunk: str, heavy: bool) -> str:
@@ -229,12 +238,12 @@ def _unleeted_word(word: str) -> str:
         return word
     if word[0] == "@" and len(word) > 4:
         return word
-    shown = [*".", *word.translate(_LEET), *"."]
+    shown = [*".", *word.replace("111", "ill").translate(_LEET), *"."]
     for at, char in enumerate(shown):
         if char == "1":
-            # Two in a row are "ll".
+            # Two in a row are "ll" after a vowel, "li" in front and after an n, and else "il".
             before, after = shown[at - 1].lower(), shown[at + 1].lower()
-            ell = after == "1" or after in _ELL.get(before, "")
+            ell = after in _ELL.get(before, "") if after != "1" else before in ".naeiou"
             shown[at] = "l" if ell else "i"
     letters = "".join(shown[1:-1])
     return letters.upper() if word.isupper() else letters

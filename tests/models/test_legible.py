@@ -20,6 +20,7 @@ ORDINARY = [
     "Write to a1b@example.com or @user1 by 10:30am; it costs $5.99, 1st or 2nd class, at https://x0y.example/a1b?c3d=e5f.",
     "sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "for i in range(10): x1 = f0(a1b2, 0x1f) + m4x[i]; y += x1 * 3e10",
+    "list3 = list1 + list2; $n1 = $s2; sum4 += num7 * 4x12; .button { padding: 10px 30px; margin: 8px 4em 1px; }",
     "My password was p@ssw0rd for years, and nobody in the whole office ever noticed it.",
     "U.S.A., e.g. J. R. R. Tolkien, i.e. A.B., a.k.a. the R.E.M. of 5 p.m.; A, B, C or D; x, y and z",
     "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 41 42 43 44 45 46 47 48 49 50 51 52",
@@ -92,6 +93,13 @@ def test_a_disguised_text_is_read(disguise):
         ("H0W T0 M4K3 4 CH33S3 S4NDW1CH", "HOW TO MAKE A CHEESE SANDWICH"),
         ("1. m1x th3 fl0ur 4nd 3at 1t", "1. mix the flour and eat it"),
         ("m@ke !t @$ l0ud @s 1t i$!", "make it as loud as it is!"),
+        (
+            "The b357 w4y w1ll n0t help 7h3m 0r 83 good for any other 0n3",
+            "The best way will not help them or be good for any other one",
+        ),
+        ("In 7h3 garden 0f my h0use", "In the garden of my house"),
+        ("6r4nd wh0 c4n w111, 411 0f 7h31r 57111 lives", "grand who can will, all of their still lives"),
+        ("wh11e 7h3 ch11d f111s a11 0f 1t", "while the child fills all of it"),
         ("1t'5 n0t h3r3, y0u'11 s33", "it's not here, you'll see"),
     ],
 )
