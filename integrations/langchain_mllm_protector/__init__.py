@@ -1,10 +1,12 @@
-"""The guard for LangChain: `chain | ProtectorGuard()`.
+"""The guard for LangChain: `chain | ProtectorGuard()`, and for its agents: `ProtectorMiddleware()`.
 
 Importing this package changes nothing. The first `ProtectorGuard` that is built with `capture=True`
 (the default) registers the question capture described in `langchain_mllm_protector.capture`.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from mllm_protector_guard import MissingDependencyError
 
@@ -16,4 +18,16 @@ except ModuleNotFoundError as error:
 from langchain_mllm_protector.guard import ProtectorGuard
 from langchain_mllm_protector.tracing import ProtectorCallbackHandler
 
+if TYPE_CHECKING:
+    from langchain_mllm_protector.middleware import ProtectorMiddleware as ProtectorMiddleware
+
+# Without ProtectorMiddleware: a star import must not need the optional package that it stands on.
 __all__ = ["ProtectorCallbackHandler", "ProtectorGuard"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ProtectorMiddleware":
+        from langchain_mllm_protector.middleware import ProtectorMiddleware
+
+        return ProtectorMiddleware
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
