@@ -1,4 +1,4 @@
-"""The guard for LangChain: `chain | ProtectorGuard()`, and for its agents: `ProtectorMiddleware()`.
+"""The guard for LangChain: behind a chain, around a chat model, inside an agent.
 
 Importing this package changes nothing. The first `ProtectorGuard` that is built with `capture=True`
 (the default) registers the question capture described in `langchain_mllm_protector.capture`.
@@ -15,6 +15,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingDependencyError("langchain-core", "langchain") from error
 
+from langchain_mllm_protector.chat_model import ProtectedChatModel
 from langchain_mllm_protector.guard import ProtectorGuard
 from langchain_mllm_protector.tracing import ProtectorCallbackHandler
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from langchain_mllm_protector.middleware import ProtectorMiddleware as ProtectorMiddleware
 
 # Without ProtectorMiddleware: a star import must not need the optional package that it stands on.
-__all__ = ["ProtectorCallbackHandler", "ProtectorGuard"]
+__all__ = ["ProtectedChatModel", "ProtectorCallbackHandler", "ProtectorGuard"]
 
 
 def __getattr__(name: str) -> Any:

@@ -87,7 +87,8 @@ class ProtectorGuard(GuardSettings):
 
     A reader that leaves early closes the source. The events that the *model* sends of itself (`on_chat_model_stream` in
     `astream_events`, LangGraph's `stream_mode="messages"`) are not the guard's to hold: do not
-    show them to users. In traces, the input of the guard's run is the answer as the model gave it.
+    show them to users, or wrap the model in a `ProtectedChatModel`. In traces, the input of the guard's run is the
+    answer as the model gave it.
 
     **Batches** (`batch`, `abatch`) are scored in one detector batch.
 

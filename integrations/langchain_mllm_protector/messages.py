@@ -31,6 +31,7 @@ __all__ = [
     "cannot_join",
     "content_text",
     "merge_stream",
+    "neutral",
     "question_messages",
     "question_of",
     "unpack",
@@ -162,7 +163,7 @@ def with_text(message: Message, text: str) -> Message:
         update={
             "content": content,
             "additional_kwargs": kwargs,
-            "response_metadata": _neutral(message.response_metadata),
+            "response_metadata": neutral(message.response_metadata),
         }
     )
     if safe.__pydantic_extra__:
@@ -201,12 +202,12 @@ def _replace_text(blocks: Sequence[str | Mapping[str, Any]], text: str) -> list[
     return kept
 
 
-def _neutral(values: Mapping[str, Any]) -> dict[str, Any]:
+def neutral(values: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata that can hold no text of the answer: numbers, identifiers and dicts of them."""
     kept: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            kept[key] = _neutral(value)
+            kept[key] = neutral(value)
         elif _IDENTIFIER.fullmatch(value) if isinstance(value, str) else isinstance(value, int | float | None):
             kept[key] = value
     return kept

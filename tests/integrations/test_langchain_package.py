@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import langchain_mllm_protector
-from langchain_mllm_protector import guard, tracing
+from langchain_mllm_protector import chat_model, guard, tracing
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def run(code: str) -> str:
 
 
 def test_all_is_exact() -> None:
-    assert langchain_mllm_protector.__all__ == ["ProtectorCallbackHandler", "ProtectorGuard"]
+    assert langchain_mllm_protector.__all__ == ["ProtectedChatModel", "ProtectorCallbackHandler", "ProtectorGuard"]
     assert all(hasattr(langchain_mllm_protector, name) for name in langchain_mllm_protector.__all__)
 
 
@@ -85,7 +85,7 @@ def test_a_missing_framework_names_its_cure() -> None:
     assert 'pip install "mllm-protector-guard[langchain]"' in out
 
 
-@pytest.mark.parametrize("module", [guard, tracing])
+@pytest.mark.parametrize("module", [chat_model, guard, tracing])
 def test_the_examples_of_the_docstrings_run(module: object) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
