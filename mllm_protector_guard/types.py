@@ -31,6 +31,8 @@ class Reason(StrEnum):
     """A rewrite was scored harmless and replaced the answer."""
     HARMFUL = "harmful"
     """The answer is harmful and the policy asks for no rewrite."""
+    HARMFUL_ARGUMENTS = "harmful_arguments"
+    """An argument of a tool call, or a value of a structured answer, is harmful; such values are never rewritten."""
     REWRITE_REJECTED = "rewrite_rejected"
     """No rewrite was scored harmless within the allowed attempts; none was tried of an answer too long to hold."""
     ERROR = "error"

@@ -2,9 +2,9 @@
 
 `model | guard` hands the guard the answer alone. So the first `ProtectorGuard` with `capture=True`
 registers a callback handler for every LangChain run of the process. It remembers, for each model call,
-the question messages of its prompt (the whole prompt where a model takes plain text) and what it
-answered, under each run around the call, and forgets them when those runs end. Nothing is logged or
-stored elsewhere, and no run is changed.
+the question messages of its prompt (the whole prompt where a model takes plain text), with as many turns
+before them as any guard's `context_turns` asks for, and what it answered, under each run around the
+call, and forgets them when those runs end. Nothing is logged or stored elsewhere, and no run is changed.
 
 A guard then looks upwards from its own run:
 
@@ -39,7 +39,7 @@ from langchain_core.tracers.context import register_configure_hook
 
 from langchain_mllm_protector.messages import Question, answer_text, question_messages, question_of
 
-__all__ = ["PromptCapture", "enable_capture", "find_question", "find_question_early"]
+__all__ = ["CAPTURE", "PromptCapture", "enable_capture", "find_question", "find_question_early"]
 
 MAX_OPEN_ROOTS = 16_384
 """Root runs that are remembered at once; beyond it the oldest is forgotten."""
@@ -87,25 +87,33 @@ class PromptCapture(BaseCallbackHandler):
         self._ticks = itertools.count()
         self._runs: dict[UUID, _Run] = {}
         self._trees: OrderedDict[UUID, set[UUID]] = OrderedDict()
+        self.context_turns = 0  # the most that a guard asks for
 
-    def find(self, run_id: UUID, answer: str | BaseMessage) -> tuple[Question | None, str]:
-        """The question to `answer`, judged in the run `run_id`, and how it was matched."""
+    def find(
+        self, run_id: UUID, answer: str | BaseMessage | None, *, context_turns: int = 0
+    ) -> tuple[Question | None, str]:
+        """The question to `answer`, judged in the run `run_id`, and how it was matched.
+
+        None stands for an answer that no longer has the text of its model.
+        """
         scopes = self._scopes(run_id)
         if written := _written(scopes, answer):
-            return _asked(_latest(written), "id")
+            return _asked(_latest(written), "id", context_turns)
         calls = next((calls for calls in scopes if calls), [])
-        text = answer_text(answer)
+        text = None if answer is None else answer_text(answer)
         if same := [call for call in calls if text in call.texts]:
-            return _asked(_latest(same), "text")
-        return _asked(_latest(calls), "ancestor")
+            return _asked(_latest(same), "text", context_turns)
+        return _asked(_latest(calls), "ancestor", context_turns)
 
-    def find_early(self, run_id: UUID, begun: str | BaseMessage) -> tuple[Question | None, str]:
+    def find_early(
+        self, run_id: UUID, begun: str | BaseMessage, *, context_turns: int = 0
+    ) -> tuple[Question | None, str]:
         """`find` for an answer that has only begun: no question as long as it may turn out to be another."""
         scopes = self._scopes(run_id)
         if written := _written(scopes, begun):
-            return _asked(_latest(written), "id")
+            return _asked(_latest(written), "id", context_turns)
         call = _latest(next((calls for calls in scopes if calls), []))
-        return _asked(call if call is not None and call.ended is None else None, "ancestor")
+        return _asked(call if call is not None and call.ended is None else None, "ancestor", context_turns)
 
     @property
     def open_runs(self) -> int:
@@ -140,7 +148,7 @@ class PromptCapture(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """Opens a run with a call."""
-        self._open(run_id, parent_run_id, question_messages(messages[0]) if messages else ())
+        self._open(run_id, parent_run_id, question_messages(messages[0], self.context_turns) if messages else ())
 
     def on_llm_start(
         self, serialized: Any, prompts: Sequence[str], *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -243,41 +251,37 @@ class PromptCapture(BaseCallbackHandler):
 
 
 CAPTURE: Final = PromptCapture()
+find_question = CAPTURE.find
+find_question_early = CAPTURE.find_early
 # The default of a context variable is seen by every thread and every task.
 _capture: ContextVar[BaseCallbackHandler | None] = ContextVar("mllm_protector_capture", default=CAPTURE)
 _registration = threading.Lock()
 _registered = False
 
 
-def enable_capture() -> None:
-    """Registers the capture with LangChain for the rest of the process; once, however often it is called."""
+def enable_capture(context_turns: int = 0) -> None:
+    """Registers the capture with LangChain for the rest of the process; once, however often it is called.
+
+    From then on it keeps at least `context_turns` turns before each question.
+    """
     global _registered
     with _registration:
+        CAPTURE.context_turns = max(CAPTURE.context_turns, context_turns)
         if not _registered:
             register_configure_hook(_capture, inheritable=True)
             _registered = True
 
 
-def find_question(run_id: UUID, answer: str | BaseMessage) -> tuple[Question | None, str]:
-    """The captured question to `answer`, judged in the run `run_id`, and how it was matched."""
-    return CAPTURE.find(run_id, answer)
-
-
-def find_question_early(run_id: UUID, begun: str | BaseMessage) -> tuple[Question | None, str]:
-    """`find_question` for an answer that has only begun: no question as long as it may turn out to be another."""
-    return CAPTURE.find_early(run_id, begun)
-
-
-def _written(scopes: Sequence[Sequence[_Call]], answer: str | BaseMessage) -> list[_Call]:
+def _written(scopes: Sequence[Sequence[_Call]], answer: str | BaseMessage | None) -> list[_Call]:
     """The calls that the id of the message names, of the nearest run that has such calls."""
-    message_id = None if isinstance(answer, str) else answer.id
+    message_id = answer.id if isinstance(answer, BaseMessage) else None
     if message_id is None:
         return []
     return next((found for calls in scopes if (found := [c for c in calls if c.wrote(message_id)])), [])
 
 
-def _asked(call: _Call | None, match: str) -> tuple[Question | None, str]:
-    question = None if call is None else question_of(call.question)
+def _asked(call: _Call | None, match: str, context_turns: int) -> tuple[Question | None, str]:
+    question = None if call is None else question_of(call.question, context_turns=context_turns)
     return (None, "none") if question is None else (question, match)
 
 

@@ -1,66 +1,117 @@
-"""One answer on its way through the guard: from a chain's value to a turn, and from the verdict back."""
+"""One answer on its way through the guard: from a chain's value to what is judged, and from the verdict back."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 from langchain_core.callbacks import BaseRunManager
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig
 
 from langchain_mllm_protector.capture import find_question
-from langchain_mllm_protector.messages import Message, Question, answer_text, question_of, unpack, with_text
+from langchain_mllm_protector.leaves import call_leaves, leaves, pieces
+from langchain_mllm_protector.messages import (
+    Message,
+    Question,
+    answer_text,
+    question_of,
+    unpack,
+    with_text,
+    without_calls,
+)
 from mllm_protector_guard import (
     DetectorError,
-    Guard,
     GuardError,
     GuardRecord,
     GuardResult,
     HarmfulAnswerError,
     Origin,
     Outcome,
+    Reason,
     Turn,
 )
 
-__all__ = ["Case", "MissingQuestion", "Step", "case_of", "check", "explicit_question", "origin_of", "with_record"]
-
-logger = logging.getLogger(__name__)
+__all__ = [
+    "QUESTION_KEY",
+    "Case",
+    "MissingQuestion",
+    "Step",
+    "ToolCalls",
+    "build_case",
+    "calls_go",
+    "case_of",
+    "explicit_question",
+    "origin_of",
+    "with_record",
+]
 
 QUESTION_KEY: Final = "__protector_question"
 RECORD_KEY: Final = "protector"
 
 MissingQuestion = Literal["answer_only", "warn", "withhold", "raise"]
+ToolCalls = Literal["judge", "ignore"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """An answer as it came, and what the guard is asked about it."""
+    """An answer as it came, and what the guard is asked about it.
 
-    answer: str | BaseMessage
+    Attributes:
+        answer: The answer.
+        turn: The question and the text of the answer; no text in a structured answer.
+        pieces: What else is judged of the answer, and never rewritten: arguments of tool calls, values.
+        origin: Where it comes from, for the record.
+    """
+
+    answer: object
     turn: Turn
+    pieces: tuple[str, ...] = ()
     origin: Origin
+
+    @property
+    def judged(self) -> Turn:
+        """The turn with all that is judged of the answer, for the record."""
+        texts = [text for text in (self.turn.answer, *self.pieces) if text]
+        return replace(self.turn, answer="\n\n".join(texts)) if self.pieces else self.turn
+
+    def parts(self) -> list[Turn]:
+        """The turns that are judged: the text, which may be blank, and the pieces."""
+        return [self.turn, *self.pieces_alone()]
+
+    def pieces_alone(self) -> list[Turn]:
+        """A turn for each piece."""
+        return [replace(self.turn, answer=piece) for piece in self.pieces]
 
     def record(self, result: GuardResult, *, trace_content: bool = False) -> GuardRecord:
         """The record of `result`."""
-        return GuardRecord.of(self.turn, result, origin=self.origin, trace_content=trace_content)
+        return GuardRecord.of(self.judged, result, origin=self.origin, trace_content=trace_content)
 
-    def output(self, result: GuardResult) -> AIMessage | str:
-        """What may leave, in the type the answer came in."""
+    def output(self, result: GuardResult) -> object:
+        """What may leave, in the type the answer came in; an error if nothing of that type may."""
         if isinstance(self.answer, str):
             return result.text
         changed = result.outcome in (Outcome.DETOXIFIED, Outcome.WITHHELD)
-        message = with_text(self.answer, result.text) if changed else self.answer
-        return cast("AIMessage", with_record(message, self.record(result)))
+        if isinstance(self.answer, BaseMessage):
+            message = with_text(self.answer, result.text) if changed else self.answer
+            if self.pieces and calls_go(result):
+                message = without_calls(message)
+            return with_record(message, self.record(result))
+        if not changed:
+            return self.answer
+        if result.harmful:
+            return HarmfulAnswerError(result)
+        return DetectorError(
+            f"a structured answer could not be judged ({result.error}), and no refusal can stand in its place. "
+            'Catch this error, or let it pass with on_error="pass".'
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What a run of the guard ends with: the value that leaves or the error it fails with, and the record."""
 
-    output: AIMessage | str | Exception
+    output: Any
     record: GuardRecord | None = None
 
     @classmethod
@@ -73,6 +124,11 @@ class Step:
         return cls(output=output, record=case.record(result, trace_content=trace_content))
 
 
+def calls_go(result: GuardResult) -> bool:
+    """Whether the tool calls that were judged are withheld with the text: they are harmful, or may be."""
+    return result.outcome is Outcome.WITHHELD and result.reason not in (Reason.HARMFUL, Reason.REWRITE_REJECTED)
+
+
 def with_record(message: Message, record: GuardRecord) -> Message:
     """A copy of `message` with the record of its check, never with texts: they would carry a harmful answer along."""
     shown = record.model_copy(update={"question": None, "answer": None, "text": None})
@@ -80,7 +136,15 @@ def with_record(message: Message, record: GuardRecord) -> Message:
     return message.model_copy(update={"response_metadata": metadata})
 
 
-def case_of(value: object, config: RunnableConfig, *, run_manager: BaseRunManager, capture: bool) -> Case:
+def case_of(
+    value: object,
+    config: RunnableConfig,
+    *,
+    run_manager: BaseRunManager,
+    capture: bool,
+    tool_calls: ToolCalls = "judge",
+    context_turns: int = 0,
+) -> Case:
     """The case of `value`, the input of the run that `run_manager` manages.
 
     Raises:
@@ -89,23 +153,33 @@ def case_of(value: object, config: RunnableConfig, *, run_manager: BaseRunManage
     given, answer = unpack(value)
     question: Question | None = None
     match = "none"
-    explicit = explicit_question(given, config)
+    explicit = explicit_question(given, config, context_turns=context_turns)
     if explicit is not None:
         question, match = explicit
     elif capture:
-        question, match = find_question(run_manager.run_id, answer)
-    return Case(
-        answer=answer,
-        turn=Turn(
-            question=None if question is None else question.text,
-            answer=answer_text(answer),
-            images=() if question is None else question.images,
-        ),
-        origin=origin_of(match, run_manager),
-    )
+        said = answer if isinstance(answer, (str, BaseMessage)) else None
+        question, match = find_question(run_manager.run_id, said, context_turns=context_turns)
+    return build_case(answer, question, origin=origin_of(match, run_manager), tool_calls=tool_calls)
 
 
-def explicit_question(given: object | None, config: RunnableConfig) -> tuple[Question | None, str] | None:
+def build_case(answer: object, question: Question | None, *, origin: Origin, tool_calls: ToolCalls = "judge") -> Case:
+    """The case of a `str`, a message or a structured answer to `question`."""
+    text, values = "", []
+    if isinstance(answer, str):
+        text = answer
+    elif isinstance(answer, BaseMessage):
+        text = answer_text(answer)
+        values = call_leaves(answer) if tool_calls == "judge" else []
+    else:
+        values = leaves(answer)
+    images = () if question is None else question.images
+    turn = Turn(question=None if question is None else question.text, answer=text, images=images)
+    return Case(answer=answer, turn=turn, pieces=pieces(values), origin=origin)
+
+
+def explicit_question(
+    given: object | None, config: RunnableConfig, *, context_turns: int = 0
+) -> tuple[Question | None, str] | None:
     """The question that came with the answer or else with the call, and its match; None if none came.
 
     Raises:
@@ -115,7 +189,7 @@ def explicit_question(given: object | None, config: RunnableConfig) -> tuple[Que
         given = (config.get("configurable") or {}).get(QUESTION_KEY)
     if given is None:
         return None
-    question = question_of(given)
+    question = question_of(given, context_turns=context_turns)
     return question, "none" if question is None else "explicit"
 
 
@@ -127,43 +201,3 @@ def origin_of(match: str, run_manager: BaseRunManager) -> Origin:
         run_id=str(run_manager.run_id),
         parent_run_id=None if run_manager.parent_run_id is None else str(run_manager.parent_run_id),
     )
-
-
-def check(
-    guard: Guard, cases: Sequence[Case], *, on_missing_question: MissingQuestion
-) -> list[GuardResult | GuardError]:
-    """The verdict on each case, same order, with one detector batch."""
-    missing = [case for case in cases if case.turn.question is None]
-    if missing and on_missing_question in ("withhold", "raise"):
-        blind = _without_question(guard, on_missing_question)
-        unjudged = iter(_check(blind, missing))
-        judged = iter(_check(guard, [case for case in cases if case.turn.question is not None]))
-        return [next(unjudged if case.turn.question is None else judged) for case in cases]
-    if missing and on_missing_question == "warn":
-        logger.warning("%d of %d answers are judged without their questions: not found", len(missing), len(cases))
-    return _check(guard, cases)
-
-
-def _check(guard: Guard, cases: Sequence[Case]) -> list[GuardResult | GuardError]:
-    return guard.check_batch(
-        [case.turn for case in cases], origins=[case.origin for case in cases], return_exceptions=True
-    )
-
-
-def _without_question(guard: Guard, on_error: Literal["withhold", "raise"]) -> Guard:
-    """A guard like `guard` that cannot judge: the engine decides and records, as for any other failure."""
-    policy = guard.policy.model_copy(
-        update={"threshold": guard.threshold, "on_harm": "withhold", "on_error": on_error, "timeout_s": None}
-    )
-    return Guard(detector=_NoQuestion(), policy=policy, sinks=guard.sinks, trace_content=guard.trace_content)
-
-
-class _NoQuestion:
-    """A detector that refuses to score."""
-
-    def score(self, turns: Sequence[Turn]) -> list[float]:
-        raise DetectorError(
-            "the question to this answer was not found and on_missing_question forbids to judge it without. "
-            'Give {"question": ..., "answer": ...}, or config={"configurable": {"' + QUESTION_KEY + '": ...}}, '
-            "or keep the guard in the chain of its model."
-        )

@@ -10,7 +10,8 @@ from typing import Any, cast
 from langchain_core.messages import AIMessage, AIMessageChunk, merge_content
 
 from langchain_mllm_protector.cases import with_record
-from langchain_mllm_protector.messages import Content, cannot_join, content_text, with_text
+from langchain_mllm_protector.leaves import call_leaves
+from langchain_mllm_protector.messages import Content, cannot_join, content_text, with_text, without_calls
 from mllm_protector_guard import GuardRecord, GuardResult, Outcome
 
 __all__ = ["ChunkAnswer", "TextAnswer", "only_text"]
@@ -33,11 +34,15 @@ class TextAnswer:
         """What is left to be judged at the end of the answer: nothing."""
         return ""
 
+    def calls(self) -> list[str]:
+        """The strings in the arguments of its tool calls: a `str` calls none."""
+        return []
+
     def leave(self, text: str, *, replaced: bool) -> list[AIMessage | str]:
         """The chunks with which `text` leaves."""
         return [text]
 
-    def last(self, result: GuardResult, record: GuardRecord) -> list[AIMessage | str]:
+    def last(self, result: GuardResult, record: GuardRecord, *, with_calls: bool) -> list[AIMessage | str]:
         """What follows at the end; a `str` has no place for a record."""
         return []
 
@@ -83,6 +88,10 @@ class ChunkAnswer:
         self._ended = True
         return content_text(_merged(self._other)) if self._other else ""
 
+    def calls(self) -> list[str]:
+        """The strings in the arguments of its tool calls, which are whole only now that it has ended."""
+        return call_leaves(self._chunk(_merged([*self._other, ""])) + self._joined())
+
     def leave(self, text: str, *, replaced: bool) -> list[AIMessage | str]:
         """The chunks with which `text` leaves; none after the end of the answer, when it leaves with the record."""
         if self._ended:
@@ -91,17 +100,21 @@ class ChunkAnswer:
         contents = [_instead(self._contents, text)] if replaced else self._cut(len(text))
         return [self._chunk(run) for run in _runs(contents)]
 
-    def last(self, result: GuardResult, record: GuardRecord) -> list[AIMessage | str]:
-        """All that has not left, with the record on the last chunk."""
-        fields = self._fields[0] + self._fields[1:]
+    def last(self, result: GuardResult, record: GuardRecord, *, with_calls: bool) -> list[AIMessage | str]:
+        """All that has not left, with the record on the last chunk; tool calls only if they may leave."""
+        fields = self._joined()
         contents = [*self._contents, *([_merged(self._other)] if self._other else [])]
         if result.outcome in (Outcome.DETOXIFIED, Outcome.WITHHELD):
             rest = self._chunk(_merged([*contents, ""])) + fields
-            return [with_record(with_text(rest, result.text[self._left :]), record)]
+            safe = with_text(rest, result.text[self._left :])
+            return [with_record(safe if with_calls else without_calls(safe), record)]
         *before, content = _runs(contents) or [""]
         # Added, not copied: LangChain finishes tool calls when it adds the last chunk.
         last = self._chunk(content) + fields
         return [*map(self._chunk, before), with_record(last, record)]
+
+    def _joined(self) -> AIMessageChunk:
+        return self._fields[0] + self._fields[1:]
 
     def _chunk(self, content: Content) -> AIMessageChunk:
         return type(self._fields[0])(content=content, id=self._id)

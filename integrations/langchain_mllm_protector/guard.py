@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
-from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig
 
-from langchain_mllm_protector.cases import Case, Step, case_of, check
+from langchain_mllm_protector.cases import Case, Step, case_of
+from langchain_mllm_protector.judging import steps_of
 from langchain_mllm_protector.settings import GuardSettings
 from langchain_mllm_protector.streams import StreamOpener, aguard_stream, arelay, guard_stream, relay
 from langchain_mllm_protector.tracing import areport, report
@@ -56,14 +56,17 @@ class ProtectorGuard(GuardSettings):
       same id, name, usage and tool calls; `response_metadata["protector"]` holds the record of the
       check. The content of a passed message is not touched. In a harmful one the text is replaced; image and
       citation blocks stay; reasoning, log probabilities and all other fields that may repeat the text go.
+    - A structured answer (pydantic model, dataclass, dict, list: what parsers and `with_structured_output` make)
+      gives the same object, or an error: `HarmfulAnswerError` for harm, `DetectorError` where it could not be judged.
     - `{"question": ..., "answer": ...}` gives the guarded answer alone, in the type of `answer`; other keys
       are ignored. To keep the dict: `RunnablePassthrough.assign(answer=ProtectorGuard())`. The
-      question may be a str, a message, a prompt value, or a list of messages or content blocks.
+      question may be a str, a message, a prompt value, or a list of messages or content blocks. A structured answer
+      with a key "answer" of its own goes in as `{"answer": it}`.
 
-    Anything else is a `TypeError`: put the guard before parsers that make other objects of the answer.
-    What is judged is the text that a reader sees. Not judged in this version: the arguments of tool
-    calls, reasoning beside a harmless answer, images and audio that the model made. A message of
-    tool calls without text passes, and its record says `reason` "blank".
+    Anything else is a `TypeError`. What is judged is the text that a reader sees, and each string in the arguments of
+    tool calls and in structured answers, invalid calls and odd keys too. Harm there is not rewritten: the message
+    leaves without its tool calls and says the refusal, `reason` "harmful_arguments". Not judged: reasoning beside
+    a harmless answer, images and audio that the model made.
 
     **The question** is looked for in this order; the record says in `question_match` how it was found:
 
@@ -74,12 +77,13 @@ class ProtectorGuard(GuardSettings):
     4. `none`: the answer is judged alone, unless `on_missing_question` says otherwise.
 
     Out of a list of messages the question is the last human message with its images, as the model got it,
-    together with the human messages directly before it. Images are decoded, never fetched.
+    together with the human messages directly before it. `context_turns` puts turns of the conversation before it.
+    Images are decoded up to 20 MiB, never fetched.
 
     **Streams** are judged while they come in, as `Guard.stream` does it. No text leaves before a verdict that covers
     it; harmless text leaves as it is. On harm no more of the answer leaves, and the rewrite or refusal follows on a
-    paragraph of its own. Usage, metadata, tool calls and the record come with the last chunk. Joined, the chunks of a
-    harmless answer are what the model's are. Some answers are held to their end:
+    paragraph of its own. Usage, metadata, the record and the tool calls, judged when they are whole, come with the last
+    chunk. Joined, the chunks of a harmless answer are what the model's are. Some answers are held to their end:
 
     - with `stream="whole"`, all: nothing leaves of an answer whose harm comes late, but users wait for all of it;
     - dicts, messages that are no chunks, and those whose question is not sure before; given per call it is;
@@ -107,6 +111,9 @@ class ProtectorGuard(GuardSettings):
         on_error: What happens to answers that could not be judged: "withhold", "raise" or "pass".
         on_missing_question: "answer_only" judges the answer alone, "warn" does so and logs a warning,
             "withhold" sends the refusal, "raise" raises `DetectorError`.
+        tool_calls: "judge" judges the arguments of tool calls; "ignore" lets them through unseen.
+        context_turns: How many turns, each what a user said and the answers to it, come before the question, which
+            then reads "User: ...", "Assistant: ...", "User: ..." in lines. For detectors that know conversations.
         stream: "sentence" judges a stream at its sentence ends, a number after so many tokens, "whole" once, at its
             end. What left before harm came up cannot be called back; but a guard that holds every answer is soon off.
         max_attempts: How many rewrites are tried, 1 to 10.
@@ -124,7 +131,7 @@ class ProtectorGuard(GuardSettings):
         ConfigError: A setting is wrong or unknown, or contradicts `guard`.
     """
 
-    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage | str:
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """The guarded answer, in the type it came in.
 
         Raises:
@@ -135,7 +142,7 @@ class ProtectorGuard(GuardSettings):
         """
         return self._call_with_config(self._guard_one, input, config, run_type="parser")
 
-    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage | str:
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """`invoke` with the models in a worker thread; the event loop stays free."""
         return await self._acall_with_config(self._aguard_one, input, config, run_type="parser")
 
@@ -146,7 +153,7 @@ class ProtectorGuard(GuardSettings):
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
-    ) -> list[AIMessage | str]:
+    ) -> list[Any]:
         """The guarded answers, same order, scored in one detector batch.
 
         With `return_exceptions=True` an error stands in the place of its answer.
@@ -162,21 +169,19 @@ class ProtectorGuard(GuardSettings):
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
-    ) -> list[AIMessage | str]:
+    ) -> list[Any]:
         """`batch` with the models in a worker thread; the event loop stays free."""
         return await self._abatch_with_config(
             self._aguard_all, inputs, config, return_exceptions=return_exceptions, run_type="parser"
         )
 
-    def transform(
-        self, input: Iterator[Any], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[AIMessage | str]:
+    def transform(self, input: Iterator[Any], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
         """The guarded answer in chunks, while `input` comes in. Closed early, it closes `input`; raises as `invoke`."""
         with ExitStack() as closing:
 
             def guarded(
                 input: Iterator[Any], run_manager: CallbackManagerForChainRun, config: RunnableConfig
-            ) -> Iterator[AIMessage | str]:
+            ) -> Iterator[Any]:
                 chunks = self._transform(input, run_manager, config)
                 closing.callback(chunks.close)  # first of all, so that its run is open when the record is reported
                 return chunks
@@ -190,13 +195,13 @@ class ProtectorGuard(GuardSettings):
 
     async def atransform(
         self, input: AsyncIterator[Any], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[AIMessage | str]:
+    ) -> AsyncIterator[Any]:
         """`transform` with the models in worker threads; the event loop stays free."""
         async with AsyncExitStack() as closing:
 
             def guarded(
                 input: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
-            ) -> AsyncIterator[AIMessage | str]:
+            ) -> AsyncIterator[Any]:
                 chunks = self._atransform(input, run_manager, config)
                 closing.push_async_callback(chunks.aclose)
                 return chunks
@@ -208,32 +213,30 @@ class ProtectorGuard(GuardSettings):
             async for chunk in run:
                 yield chunk
 
-    def parse(self, text: str) -> AIMessage | str:
+    def parse(self, text: str) -> Any:
         """The guarded text."""
         return self.invoke(text)
 
-    def parse_with_prompt(self, completion: str, prompt: PromptValue) -> AIMessage | str:
+    def parse_with_prompt(self, completion: str, prompt: PromptValue) -> Any:
         """The guarded text, judged as the answer to `prompt`."""
         return self.invoke({"question": prompt, "answer": completion})
 
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> AIMessage | str:
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         """The first generation, guarded; `partial` makes no difference to how it is judged."""
         first = result[0]
         return self.invoke(first.message if isinstance(first, ChatGeneration) else first.text)
 
-    def _guard_one(
-        self, value: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig
-    ) -> AIMessage | str:
+    def _guard_one(self, value: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> Any:
         return _value_or_raise(self._guard_all([value], [run_manager], [config])[0])
 
     async def _aguard_one(
         self, value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
-    ) -> AIMessage | str:
+    ) -> Any:
         return _value_or_raise((await self._aguard_all([value], [run_manager], [config]))[0])
 
     def _guard_all(
         self, values: list[Any], run_manager: list[CallbackManagerForChainRun], config: list[RunnableConfig]
-    ) -> list[AIMessage | str | Exception]:
+    ) -> list[Any]:
         steps = self._steps(values, run_manager, config)
         for step, manager in zip(steps, run_manager, strict=True):
             if step.record is not None:
@@ -242,7 +245,7 @@ class ProtectorGuard(GuardSettings):
 
     async def _aguard_all(
         self, values: list[Any], run_manager: list[AsyncCallbackManagerForChainRun], config: list[RunnableConfig]
-    ) -> list[AIMessage | str | Exception]:
+    ) -> list[Any]:
         engine = self.guard or self._loaded
         if engine is None:
             engine = await asyncio.to_thread(self._engine)
@@ -254,13 +257,13 @@ class ProtectorGuard(GuardSettings):
 
     def _transform(  # type: ignore[override]  # LangChain finds the two further arguments by their names
         self, input: Iterator[Any], run_manager: CallbackManagerForChainRun, config: RunnableConfig
-    ) -> Generator[AIMessage | str]:
+    ) -> Generator[Any]:
         guard_one = partial(self._guard_one, run_manager=run_manager, config=config)
         return guard_stream(input, self._opener(run_manager, config), run_manager, guard_one=guard_one)
 
     def _atransform(  # type: ignore[override]  # as above
         self, input: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
-    ) -> AsyncGenerator[AIMessage | str]:
+    ) -> AsyncGenerator[Any]:
         guard_one = partial(self._aguard_one, run_manager=run_manager, config=config)
         return aguard_stream(input, self._opener(run_manager, config), run_manager, guard_one=guard_one)
 
@@ -269,7 +272,7 @@ class ProtectorGuard(GuardSettings):
             engine=self._engine,
             mode=self.stream_mode,
             on_missing_question=self.on_missing_question,
-            capture=self.capture,
+            **self._asking(),
             config=config,
             run_manager=run_manager,
         )
@@ -282,20 +285,16 @@ class ProtectorGuard(GuardSettings):
         cases: list[Case | TypeError] = []
         for value, manager, config in zip(values, run_managers, configs, strict=True):
             try:
-                cases.append(case_of(value, config, run_manager=manager, capture=self.capture))
+                cases.append(case_of(value, config, run_manager=manager, **self._asking()))
             except TypeError as error:
                 cases.append(error)
-        good = [case for case in cases if isinstance(case, Case)]
-        verdicts = iter(check(engine, good, on_missing_question=self.on_missing_question))
-        return [
-            Step.of(case, next(verdicts), trace_content=engine.trace_content)
-            if isinstance(case, Case)
-            else Step(output=case)
-            for case in cases
-        ]
+        return steps_of(engine, cases, on_missing_question=self.on_missing_question)
+
+    def _asking(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("capture", "tool_calls", "context_turns")}
 
 
-def _value_or_raise(value: AIMessage | str | Exception) -> AIMessage | str:
+def _value_or_raise(value: Any) -> Any:
     if isinstance(value, Exception):
         raise value
     return value

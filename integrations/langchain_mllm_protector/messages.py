@@ -1,13 +1,12 @@
-"""LangChain messages in and out of the guard: texts, images, held streams, safe copies."""
+"""LangChain messages in and out of the guard: questions and answers, held streams, safe copies."""
 
 from __future__ import annotations
 
-import base64
-import binascii
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from langchain_core.messages import (
     AIMessage,
@@ -20,10 +19,14 @@ from langchain_core.messages import (
     convert_to_messages,
 )
 from langchain_core.prompt_values import PromptValue
+from langchain_core.runnables.utils import AddableDict
+from pydantic import BaseModel
 
+from langchain_mllm_protector.images import images_of
 from mllm_protector_guard import ImageInput
 
 __all__ = [
+    "CALL_BLOCKS",
     "Content",
     "Message",
     "Question",
@@ -36,21 +39,24 @@ __all__ = [
     "question_of",
     "unpack",
     "with_text",
+    "without_calls",
 ]
 
-MAX_IMAGE_BYTES = 20 * 2**20
-"""Larger images, in bytes, stay undecoded: they reach the guard as their data URL."""
+CALL_BLOCKS: Final = frozenset(
+    {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "function_call", "input_json_delta"}
+    | {"custom_tool_call", "server_tool_call", "server_tool_call_chunk", "server_tool_use"}
+)
+"""Types of the content blocks that call a tool."""
 
 _REASONING = frozenset({"reasoning", "reasoning_content", "redacted_thinking", "thinking"})
 # What may stay beside a replaced text. Everything else goes, because a block of a kind that is not
 # known here may repeat the harmful text.
 _KEPT_BLOCKS = frozenset(
     {"image", "image_url", "input_image", "citation", "citations"}
-    | {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "function_call", "input_json_delta"}
+    | {kind for kind in CALL_BLOCKS if not kind.startswith("server_")}
 )
 _KEPT_KWARGS = frozenset({"tool_calls", "function_call"})
 _IDENTIFIER = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
-_DATA_URL = re.compile(r"data:(?P<media_type>[^;,]*)(?:;[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
 
 Message = TypeVar("Message", bound=BaseMessage)
 Content = str | list[str | dict[str, Any]]
@@ -64,21 +70,19 @@ class Question:
     images: tuple[ImageInput, ...] = ()
 
 
-def unpack(value: object) -> tuple[object | None, str | BaseMessage]:
+def unpack(value: object) -> tuple[object | None, object]:
     """The explicit question (None if there is none) and the answer of a guard's input.
 
     Raises:
         TypeError: `value` holds no answer that can be judged.
     """
     question = None
-    if isinstance(value, Mapping):
-        if "answer" not in value:
-            raise TypeError('ProtectorGuard got a dict without "answer"; give {"question": ..., "answer": ...}')
+    if isinstance(value, Mapping) and "answer" in value:
         question, value = value.get("question"), value["answer"]
-    if not isinstance(value, (str, BaseMessage)):
+    if not (isinstance(value, (str, BaseMessage)) or _is_structured(value)):
         raise TypeError(
-            'ProtectorGuard judges a str, an AIMessage, or a dict with one of them as "answer"; '
-            f"got {type(value).__name__}. Put the guard before parsers that turn the answer into something else."
+            "ProtectorGuard judges a str, an AIMessage, a structured answer (a pydantic model, dataclass, dict or "
+            f'list), or a dict with one of them as "answer"; got {type(value).__name__}'
         )
     return question, value
 
@@ -93,36 +97,49 @@ def content_text(content: str | Sequence[str | Mapping[str, Any]]) -> str:
     return "".join(_texts(content))
 
 
-def question_of(value: object) -> Question | None:
+def question_of(value: object, *, context_turns: int = 0) -> Question | None:
     """The question in a str, a message, a prompt value, a list of messages or a list of content blocks.
+
+    With `context_turns`, up to so many turns before it come first, each message on a new line behind its speaker, and
+    with the images that users sent:
+
+        User: Which roses climb?
+        Assistant: Many do, New Dawn for one.
+        User: How high?
 
     Raises:
         TypeError: `value` is none of these.
     """
     if isinstance(value, str):
         return Question(text=value)
-    messages = (value,) if isinstance(value, BaseMessage) else question_messages(_as_messages(value))
+    messages = (value,) if isinstance(value, BaseMessage) else question_messages(_as_messages(value), context_turns)
     if not messages:
         return None
-    texts = [text for message in messages for text in _texts(message.content)]
-    images = [image for message in messages for image in _images(message.content)]
-    return Question(text="\n".join(texts), images=tuple(images))
+    asking = messages if len(messages) == 1 else question_messages(messages)
+    context = messages[: -len(asking)]
+    images = [image for message in messages if not _is_assistant(message) for image in images_of(message.content)]
+    text = "\n".join(text for message in asking for text in _texts(message.content))
+    told = [(message, content_text(message.content)) for message in context]
+    lines = [f"{'Assistant' if _is_assistant(message) else 'User'}: {said}" for message, said in told if said]
+    return Question(text="\n".join([*lines, f"User: {text}"]) if lines else text, images=tuple(images))
 
 
-def question_messages(messages: Sequence[BaseMessage]) -> tuple[BaseMessage, ...]:
+def question_messages(messages: Sequence[BaseMessage], context_turns: int = 0) -> tuple[BaseMessage, ...]:
     """The messages that ask: the last human message, with the human messages directly before it.
 
-    Without any human message it is the last one that is not an answer or a tool's output.
+    Without any human message it is the last one that is not an answer or a tool's output. With `context_turns` the
+    human messages and answers of so many turns come before them; a turn begins where a human takes the word.
     """
     humans = [_is_human(message) for message in messages]
-    if True in humans:
-        end = len(humans) - humans[::-1].index(True)
-        start = end
-        while start > 0 and humans[start - 1]:
-            start -= 1
-        return tuple(messages[start:end])
-    asking = [message for message in messages if not isinstance(message, (AIMessage, ToolMessage, FunctionMessage))]
-    return tuple(asking[-1:])
+    if True not in humans:
+        asking = [message for message in messages if not isinstance(message, (AIMessage, ToolMessage, FunctionMessage))]
+        return tuple(asking[-1:])
+    end = len(humans) - humans[::-1].index(True)
+    begins = [place for place in range(end) if humans[place] and not (place and humans[place - 1])]
+    start = begins[-1]
+    context = messages[begins[-1 - min(context_turns, len(begins) - 1)] : start]
+    said = [message for message in context if _is_human(message) or _is_assistant(message)]
+    return (*said, *messages[start:end])
 
 
 def merge_stream(parts: Sequence[object]) -> object:
@@ -139,16 +156,23 @@ def merge_stream(parts: Sequence[object]) -> object:
     if len(chunks) == len(parts):
         return chunks[0] + chunks[1:]
     dicts = [part for part in parts if isinstance(part, Mapping)]
-    if len(dicts) == len(parts):
+    if len(dicts) == len(parts) and any("answer" in part for part in dicts):
         by_key = {key: [d[key] for d in dicts if d.get(key) is not None] for key in ("question", "answer")}
         return {key: merge_stream(values) for key, values in by_key.items() if values}
+    sums = [part for part in parts if isinstance(part, AddableDict)]
+    if len(sums) == len(parts):
+        return sum(sums[1:], start=sums[0])
+    if len({type(part) for part in parts}) == 1 and _is_snapshot(parts[-1]):
+        return parts[-1]
     raise cannot_join(parts)
 
 
 def cannot_join(parts: Sequence[object]) -> TypeError:
     """The error for a stream of parts of these kinds."""
     kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
-    return TypeError(f"ProtectorGuard cannot join a stream of {kinds}; stream str or message chunks of one kind")
+    return TypeError(
+        f"ProtectorGuard cannot join a stream of {kinds}; stream str, message chunks or structured answers of one kind"
+    )
 
 
 def with_text(message: Message, text: str) -> Message:
@@ -169,6 +193,29 @@ def with_text(message: Message, text: str) -> Message:
     if safe.__pydantic_extra__:
         safe.__pydantic_extra__.clear()
     return safe
+
+
+def without_calls(message: Message) -> Message:
+    """A copy of `message` that calls no tool."""
+    content = message.content
+    if not isinstance(content, str):
+        content = [b for b in content if isinstance(b, str) or b.get("type") not in CALL_BLOCKS]
+    calls = {"tool_calls", "invalid_tool_calls", "tool_call_chunks"} & type(message).model_fields.keys()
+    kwargs = {key: value for key, value in message.additional_kwargs.items() if key not in _KEPT_KWARGS}
+    return message.model_copy(update={"content": content, "additional_kwargs": kwargs, **{name: [] for name in calls}})
+
+
+def _is_structured(value: object) -> bool:
+    """Whether `value` is an answer in fields; a prompt and a list of messages are none, but hold more than answers."""
+    if isinstance(value, (list, tuple)):
+        return not any(isinstance(item, BaseMessage) for item in value)
+    is_model = isinstance(value, BaseModel) and not isinstance(value, (BaseMessage, PromptValue))
+    return is_model or isinstance(value, Mapping) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def _is_snapshot(value: object) -> bool:
+    """Whether parsers stream such values as all that they have read so far. A list of `str` may be new items too."""
+    return _is_structured(value) and not (isinstance(value, list) and any(isinstance(item, str) for item in value))
 
 
 def _texts(content: str | Sequence[str | Mapping[str, Any]]) -> list[str]:
@@ -219,6 +266,12 @@ def _is_human(message: BaseMessage) -> bool:
     return isinstance(message, HumanMessage)
 
 
+def _is_assistant(message: BaseMessage) -> bool:
+    if isinstance(message, ChatMessage):
+        return message.role.casefold() in ("ai", "assistant", "model")
+    return isinstance(message, AIMessage)
+
+
 def _as_messages(value: object) -> list[BaseMessage]:
     if isinstance(value, PromptValue):
         return value.to_messages()
@@ -234,57 +287,3 @@ def _as_messages(value: object) -> list[BaseMessage]:
         f"a question is a str, a message, a prompt value or a list of messages or content blocks, "
         f"not {type(value).__name__}"
     )
-
-
-def _images(content: str | Sequence[str | Mapping[str, Any]]) -> list[ImageInput]:
-    if isinstance(content, str):
-        return []
-    found = [_image(block) for block in content if isinstance(block, Mapping)]
-    return [image for image in found if image is not None]
-
-
-def _image(block: Mapping[str, Any]) -> ImageInput | None:
-    """The image in a block of LangChain, OpenAI or Anthropic; None if it is no image block."""
-    kind = block.get("type")
-    if kind in ("image_url", "input_image"):
-        held = block.get("image_url")
-        url = held.get("url") if isinstance(held, Mapping) else held
-        return _from_fields({"url": url, "file_id": block.get("file_id")})
-    if kind == "image":
-        source = block.get("source")
-        return _from_fields(source if isinstance(source, Mapping) else block)
-    return None
-
-
-def _from_fields(fields: Mapping[str, Any]) -> ImageInput | None:
-    media_type = next((fields[key] for key in ("mime_type", "media_type") if isinstance(fields.get(key), str)), None)
-    encoded = next((fields[key] for key in ("base64", "data") if isinstance(fields.get(key), str)), None)
-    if encoded is not None:
-        return _decoded(encoded, media_type) or ImageInput(
-            url=f"data:{media_type or ''};base64,{encoded}", media_type=media_type
-        )
-    url = fields.get("url")
-    if isinstance(url, str):
-        return _from_url(url, media_type)
-    file_id = next((fields[key] for key in ("file_id", "id") if isinstance(fields.get(key), str)), None)
-    # An image that a provider holds has no address; it still counts.
-    return None if file_id is None else ImageInput(url=f"file-id:{file_id}", media_type=media_type)
-
-
-def _from_url(url: str, media_type: str | None) -> ImageInput:
-    match = _DATA_URL.match(url)
-    if match is not None:
-        media_type = match["media_type"] or media_type
-        image = _decoded(url[match.end() :], media_type)
-        if image is not None:
-            return image
-    return ImageInput(url=url, media_type=media_type)
-
-
-def _decoded(encoded: str, media_type: str | None) -> ImageInput | None:
-    if len(encoded) * 3 // 4 > MAX_IMAGE_BYTES:
-        return None
-    try:
-        return ImageInput(content=base64.b64decode(encoded, validate=True), media_type=media_type)
-    except (binascii.Error, ValueError):
-        return None

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import BaseTransformOutputParser
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from langchain_mllm_protector.capture import enable_capture
-from langchain_mllm_protector.cases import MissingQuestion
+from langchain_mllm_protector.cases import MissingQuestion, ToolCalls
 from mllm_protector_guard import (
     DEFAULT_REFUSAL,
     ConfigError,
@@ -30,7 +30,7 @@ _Tokens = Annotated[int, Field(strict=True, ge=1, le=999_999)]
 _loading = threading.Lock()
 
 
-class GuardSettings(BaseTransformOutputParser[AIMessage | str]):
+class GuardSettings(BaseTransformOutputParser[Any]):
     """What `ProtectorGuard` is built with; its arguments are explained there."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True, populate_by_name=True)
@@ -43,6 +43,8 @@ class GuardSettings(BaseTransformOutputParser[AIMessage | str]):
     on_harm: Literal["detoxify", "withhold", "flag", "raise"] = "detoxify"
     on_error: Literal["withhold", "raise", "pass"] = "withhold"
     on_missing_question: MissingQuestion = "answer_only"
+    tool_calls: ToolCalls = "judge"
+    context_turns: int = Field(default=0, strict=True, ge=0, le=1_000)
     # Runnables have a method `stream`.
     stream_mode: Literal["sentence", "whole"] | _Tokens = Field(default="sentence", alias="stream")
     max_attempts: int = 2
@@ -67,17 +69,17 @@ class GuardSettings(BaseTransformOutputParser[AIMessage | str]):
                 raise ConfigError(f"ProtectorGuard cannot be built: {faults}") from error
             self._refuse_settings_beside_guard()
             if self.capture:
-                enable_capture()
+                enable_capture(self.context_turns)
 
     @property
     def InputType(self) -> Any:
         """What the guard takes: an answer, or a dict of question and answer."""
-        return str | AIMessage | dict[str, Any]
+        return str | AIMessage | dict[str, Any] | list[Any] | BaseModel
 
     @property
     def OutputType(self) -> Any:
         """What the guard gives: the answer in the type it came in."""
-        return str | AIMessage
+        return str | AIMessage | dict[str, Any] | list[Any] | BaseModel
 
     def warm_up(self) -> None:
         """Loads the models now, not at the first check.
@@ -99,7 +101,7 @@ class GuardSettings(BaseTransformOutputParser[AIMessage | str]):
         """Restores the settings and the question capture."""
         super().__setstate__(state)
         if self.capture:
-            enable_capture()
+            enable_capture(self.context_turns)
 
     def _engine(self) -> Guard:
         """The guard that decides; its models load when they first score or write."""
@@ -122,7 +124,7 @@ class GuardSettings(BaseTransformOutputParser[AIMessage | str]):
     def _refuse_settings_beside_guard(self) -> None:
         if self.guard is None:
             return
-        free = {"guard", "name", "capture", "on_missing_question", "stream_mode"}
+        free = {"guard", "name", "capture", "on_missing_question", "stream_mode", "tool_calls", "context_turns"}
         given = [
             name
             for name, field in type(self).model_fields.items()

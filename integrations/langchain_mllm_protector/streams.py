@@ -8,24 +8,27 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, BaseRunManager, CallbackManagerForChainRun
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import AIMessageChunk
 from langchain_core.runnables import RunnableConfig
 
 from langchain_mllm_protector.capture import find_question_early
-from langchain_mllm_protector.cases import MissingQuestion, explicit_question, origin_of
+from langchain_mllm_protector.cases import Case, MissingQuestion, ToolCalls, calls_go, explicit_question, origin_of
 from langchain_mllm_protector.chunks import ChunkAnswer, TextAnswer, only_text
+from langchain_mllm_protector.judging import check_calls, emit
+from langchain_mllm_protector.leaves import pieces
 from langchain_mllm_protector.messages import Question, answer_text, merge_stream
 from langchain_mllm_protector.tracing import areport, report
-from mllm_protector_guard import Guard, GuardRecord, Origin
+from mllm_protector_guard import Guard, GuardError, GuardRecord, GuardResult, Origin, Turn
 
 __all__ = ["StreamOpener", "aguard_stream", "arelay", "guard_stream", "relay"]
 
 logger = logging.getLogger(__name__)
 
-Output = AIMessage | str
+Output = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class StreamOpener:
         mode: "whole", "sentence", or the number of tokens after which the answer is judged.
         on_missing_question: As in `ProtectorGuard`.
         capture: Whether questions are looked for in the prompts of model calls.
+        tool_calls: As in `ProtectorGuard`.
+        context_turns: As in `ProtectorGuard`.
         config: The configuration of the run.
         run_manager: Manages the run.
     """
@@ -45,6 +50,8 @@ class StreamOpener:
     mode: Literal["sentence", "whole"] | int
     on_missing_question: MissingQuestion
     capture: bool
+    tool_calls: ToolCalls
+    context_turns: int
     config: RunnableConfig
     run_manager: BaseRunManager
 
@@ -60,9 +67,9 @@ class StreamOpener:
         Raises:
             TypeError: The parts are not of one kind, or the question is of no known kind.
         """
-        found = explicit_question(None, self.config)
+        found = explicit_question(None, self.config, context_turns=self.context_turns)
         if found is None and self.capture:
-            found = find_question_early(self.run_manager.run_id, begun[-1])
+            found = find_question_early(self.run_manager.run_id, begun[-1], context_turns=self.context_turns)
             if found[0] is None:
                 return None
         question, match = found or (None, "none")
@@ -73,7 +80,12 @@ class StreamOpener:
                 logger.warning("a stream is judged without its question: not found")
         mode = f"tokens={self.mode}" if isinstance(self.mode, int) else self.mode
         return StreamedCheck(
-            self.engine(), begun, question=question, origin=origin_of(match, self.run_manager), mode=mode
+            self.engine(),
+            begun,
+            question=question,
+            origin=origin_of(match, self.run_manager),
+            mode=mode,
+            tool_calls=self.tool_calls,
         )
 
 
@@ -86,78 +98,117 @@ class StreamedCheck:
         question: What was asked; None when unknown.
         origin: Where the answer comes from, for the record.
         mode: As in `StreamPolicy`.
+        tool_calls: As in `ProtectorGuard`.
     """
 
-    def __init__(self, guard: Guard, begun: list[Any], *, question: Question | None, origin: Origin, mode: str) -> None:
-        self._record = _KeptRecord()
-        self._guard = copy.copy(guard)
-        self._guard.sinks = (*guard.sinks, self._record)
+    def __init__(
+        self,
+        guard: Guard,
+        begun: list[Any],
+        *,
+        question: Question | None,
+        origin: Origin,
+        mode: str,
+        tool_calls: ToolCalls,
+    ) -> None:
+        self._guard = guard
+        self._of_text = copy.copy(guard)
+        self._of_text.sinks = (self,)  # the record may have to wait for the tool calls
+        self._record: GuardRecord | None = None
+        self._settled = False
         self._answer = TextAnswer() if isinstance(begun[0], str) else ChunkAnswer()
-        self._begun = "".join([self._answer.take(part) for part in begun])
+        self._read = ["".join([self._answer.take(part) for part in begun])]
+        self._tool_calls = tool_calls
         self._asked: dict[str, Any] = {
             "question": None if question is None else question.text,
             "images": () if question is None else question.images,
-            "mode": mode,
-            "origin": origin,
         }
+        self._how: dict[str, Any] = {"mode": mode, "origin": origin}
+        self._origin = origin
+
+    def emit(self, record: GuardRecord) -> None:
+        """Keeps the one record of the text."""
+        self._record = record
 
     def run(self, parts: Iterator[Any], run_manager: CallbackManagerForChainRun) -> Generator[Output]:
         """What leaves of the answer, of which `parts` are to come; the record is reported before the last chunk."""
-        stream = self._guard.stream(self._pieces(parts), **self._asked)
+        stream = self._of_text.stream(self._pieces(parts), **self._asked, **self._how)
         try:
             for text in stream:
                 yield from self._answer.leave(text, replaced=stream.replaced)
             for part in parts:  # not read after a refusal, but LangChain reads them all, and usage comes last
                 self._answer.take(part)
+            last = self._settle(stream.result)
         finally:
             stream.close()
-            if self._record.value is not None:
-                report(self._record.value, run_manager)
-        yield from self._answer.last(stream.result, self._record.of_end())
+            record = self._ended()
+            if record is not None:
+                report(record, run_manager)
+        yield from last
 
     async def arun(
         self, parts: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun
     ) -> AsyncGenerator[Output]:
         """`run` with the models in worker threads."""
-        stream = self._guard.astream(self._apieces(parts), **self._asked)
+        stream = self._of_text.astream(self._apieces(parts), **self._asked, **self._how)
         try:
             async for text in stream:
                 for chunk in self._answer.leave(text, replaced=stream.replaced):
                     yield chunk
             async for part in parts:
                 self._answer.take(part)
+            last = await self._guard.in_thread(partial(self._settle, stream.result))
         finally:
             await stream.aclose()
-            if self._record.value is not None:
-                await areport(self._record.value, run_manager)
-        for chunk in self._answer.last(stream.result, self._record.of_end()):
+            record = self._ended()
+            if record is not None:
+                await areport(record, run_manager)
+        for chunk in last:
             yield chunk
 
+    def _settle(self, text: GuardResult) -> list[Output]:
+        """The last chunks, now that the tool calls are judged too; the record goes to the sinks.
+
+        Raises:
+            HarmfulAnswerError: A tool call is harmful and the policy says `on_harm="raise"`.
+            InferenceError: A tool call could not be judged and the policy says `on_error="raise"`.
+        """
+        self._settled = True
+        verdict: GuardResult | GuardError = text
+        values = pieces(self._answer.calls()) if self._tool_calls == "judge" else ()
+        try:
+            if values:
+                turn = Turn(answer="".join(self._read), **self._asked)
+                case = Case(answer=None, turn=turn, pieces=values, origin=self._origin)
+                verdict, self._record = check_calls(self._guard, case, text)
+        finally:
+            assert self._record is not None  # a text that was read to its end is on record
+            emit(self._guard, self._record)
+        if isinstance(verdict, GuardError):
+            raise verdict
+        return self._answer.last(verdict, self._record, with_calls=not (values and calls_go(verdict)))
+
+    def _ended(self) -> GuardRecord | None:
+        """The record, which the sinks have got now, however the stream ended."""
+        if self._record is not None and not self._settled:
+            emit(self._guard, self._record)
+        return self._record
+
     def _pieces(self, parts: Iterator[Any]) -> Generator[str]:
-        yield self._begun
+        yield self._read[0]
         for part in parts:
-            yield self._answer.take(part)
-        yield self._answer.end()
+            yield self._heard(self._answer.take(part))
+        yield self._heard(self._answer.end())
 
     async def _apieces(self, parts: AsyncIterator[Any]) -> AsyncGenerator[str]:
-        yield self._begun
+        yield self._read[0]
         async for part in parts:
-            yield self._answer.take(part)
-        yield self._answer.end()
+            yield self._heard(self._answer.take(part))
+        yield self._heard(self._answer.end())
 
-
-class _KeptRecord:
-    """A sink that keeps the one record of a stream."""
-
-    def __init__(self) -> None:
-        self.value: GuardRecord | None = None
-
-    def emit(self, record: GuardRecord) -> None:
-        self.value = record
-
-    def of_end(self) -> GuardRecord:
-        assert self.value is not None  # a stream that was read to its end is on record
-        return self.value
+    def _heard(self, text: str) -> str:
+        self._read.append(text)
+        return text
 
 
 def guard_stream(

@@ -163,7 +163,7 @@ async def test_an_agent_with_tools() -> None:
     seen = [part async for part in agent.astream({"messages": ["Hi"]}, config, stream_mode=MODES[:4])]
     _, called, told, answer = agent.get_state(config).values["messages"]
     assert [(call["name"], call["args"]) for call in called.tool_calls] == [("water", {"plant": "rose"})]
-    assert called.response_metadata["protector"]["reason"] == "blank"
+    assert called.response_metadata["protector"]["reason"] == "harmless"
     assert (told.content, answer.content) == ("rose is wet", SAFE)
     assert [word for word in WORDS if word in repr(seen)] == []
 

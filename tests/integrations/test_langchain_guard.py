@@ -12,6 +12,7 @@ import pytest
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompt_values import ChatPromptValue
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
 
@@ -204,8 +205,8 @@ def test_harm_split_over_blocks_is_seen() -> None:
 
 
 @pytest.mark.parametrize("content", ["", [], "  \n", [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]])
-def test_tool_calls_without_text_pass_as_blank(content: str | list[dict[str, object]]) -> None:
-    message = AIMessage(content=content, tool_calls=[{"name": "f", "args": {"q": "x"}, "id": "c"}])
+def test_tool_calls_without_any_text_pass_as_blank(content: str | list[dict[str, object]]) -> None:
+    message = AIMessage(content=content, tool_calls=[{"name": "f", "args": {"n": 3, "q": " "}, "id": "c"}])
     guard = keyword_guard()
     out = guard.invoke(message)
     assert (out.content, out.tool_calls) == (content, message.tool_calls)
@@ -235,7 +236,8 @@ def test_an_empty_question_is_known_and_a_missing_one_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [3, None, {"question": "How?"}, {"answer": 3}, [AIMessage("x")], {"question": 3, "answer": "secret"}]
+    "value",
+    [3, None, ChatPromptValue(messages=[]), {"answer": 3}, [AIMessage("x")], {"question": 3, "answer": "secret"}],
 )
 def test_what_holds_no_answer_is_an_error(value: object) -> None:
     with pytest.raises(TypeError) as caught:

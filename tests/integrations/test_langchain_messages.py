@@ -1,14 +1,14 @@
-"""Messages in and out: what leaves with a replaced text, and the images of a question."""
+"""Messages in and out: what leaves with a replaced text, and which messages are the question."""
 
 import base64
-import json
 
 import pytest
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.runnables.utils import AddableDict
 
 from integrations.langchain_models import SAFE, asked, keyword_guard
-from langchain_mllm_protector.messages import MAX_IMAGE_BYTES, merge_stream, question_of
-from mllm_protector_guard import ImageInput
+from langchain_mllm_protector.messages import merge_stream, question_of
 
 PIXEL = base64.b64encode(b"pixels").decode()
 
@@ -111,73 +111,68 @@ def test_no_question_in_answers_alone() -> None:
     assert question_of([]) is None
 
 
+# -- the conversation before it ---------------------------------------------------------------------
+
+PHOTO = {"type": "image", "url": "https://a.example/1.png"}
+TALK = [
+    SystemMessage("Be kind."),
+    AIMessage("Hello."),
+    HumanMessage([{"type": "text", "text": "Roses?"}, PHOTO]),
+    AIMessage("Yes."),
+    HumanMessage("How"),
+    HumanMessage("high?"),
+    AIMessage("", tool_calls=[{"name": "measure", "args": {}, "id": "c"}]),
+    ToolMessage("2 m", tool_call_id="c"),
+    AIMessage([{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "Two metres."}]),
+    HumanMessage("Why?"),
+    AIMessage("", tool_calls=[{"name": "look", "args": {}, "id": "d"}]),
+]
+
+
 @pytest.mark.parametrize(
-    ("block", "image"),
+    ("turns", "text", "photos"),
     [
-        (
-            {"type": "image", "base64": PIXEL, "mime_type": "image/png"},
-            ImageInput(content=b"pixels", media_type="image/png"),
-        ),
-        (
-            {"type": "image", "source_type": "base64", "data": PIXEL, "mime_type": "image/png"},
-            ImageInput(content=b"pixels", media_type="image/png"),
-        ),
-        ({"type": "image", "url": "https://a.example/i.png"}, ImageInput(url="https://a.example/i.png")),
-        ({"type": "image", "file_id": "f-1"}, ImageInput(url="file-id:f-1")),
-        (
-            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{PIXEL}"}},
-            ImageInput(content=b"pixels", media_type="image/jpeg"),
-        ),
-        (
-            {"type": "image_url", "image_url": f"data:image/jpeg;base64,{PIXEL}"},
-            ImageInput(content=b"pixels", media_type="image/jpeg"),
-        ),
-        (
-            {"type": "image_url", "image_url": {"url": "https://a.example/i.png"}},
-            ImageInput(url="https://a.example/i.png"),
-        ),
-        (
-            {"type": "input_image", "image_url": f"data:image/gif;base64,{PIXEL}"},
-            ImageInput(content=b"pixels", media_type="image/gif"),
-        ),
-        (
-            {"type": "image", "source": {"type": "base64", "media_type": "image/webp", "data": PIXEL}},
-            ImageInput(content=b"pixels", media_type="image/webp"),
-        ),
-        (
-            {"type": "image", "source": {"type": "url", "url": "https://a.example/i.png"}},
-            ImageInput(url="https://a.example/i.png"),
-        ),
-        (
-            {"type": "image_url", "image_url": {"url": "data:image/png;base64,not base64!"}},
-            ImageInput(url="data:image/png;base64,not base64!", media_type="image/png"),
-        ),
+        (0, "Why?", 0),
+        (1, "User: How\nUser: high?\nAssistant: Two metres.\nUser: Why?", 0),
+        (2, "User: Roses?\nAssistant: Yes.\nUser: How\nUser: high?\nAssistant: Two metres.\nUser: Why?", 1),
     ],
 )
-def test_images_of_the_question(block: dict[str, object], image: ImageInput) -> None:
-    question = question_of(HumanMessage([{"type": "text", "text": "What is it?"}, block]))
+def test_turns_before_the_question(turns: int, text: str, photos: int) -> None:
+    question = question_of(TALK, context_turns=turns)
     assert question is not None
-    assert question.text == "What is it?"
-    assert question.images == (image,)
+    assert (question.text, len(question.images)) == (text, photos)
 
 
-def test_a_huge_image_stays_undecoded_and_is_not_lost() -> None:
-    encoded = "A" * (MAX_IMAGE_BYTES * 4 // 3 + 8)
-    question = question_of(HumanMessage([{"type": "image", "base64": encoded, "mime_type": "image/png"}]))
+def test_more_turns_than_there_are_and_none() -> None:
+    assert question_of(TALK, context_turns=9) == question_of(TALK, context_turns=2)
+    for value in ("How?", HumanMessage("How?"), [SystemMessage("Be kind."), HumanMessage("How?")]):
+        question = question_of(value, context_turns=3)
+        assert question is not None
+        assert question.text == "How?"
+
+
+def test_other_roles_are_told_apart() -> None:
+    talk = [ChatMessage(role=role, content=role) for role in ("user", "assistant", "critic", "user")]
+    question = question_of(talk, context_turns=1)
     assert question is not None
-    assert question.images[0].content is None
-    assert question.images[0].url == f"data:image/png;base64,{encoded}"
+    assert question.text == "User: user\nAssistant: assistant\nUser: user"
 
 
-def test_images_reach_the_detector_and_the_count_the_record() -> None:
-    guard = keyword_guard()
-    question = HumanMessage(
-        [{"type": "text", "text": "And?"}, {"type": "image_url", "image_url": {"url": "https://a.example/i.png"}}]
-    )
-    out = guard.invoke({"question": [question], "answer": AIMessage("Roses.")})
-    assert asked(guard)[0].images == (ImageInput(url="https://a.example/i.png"),)
-    assert out.response_metadata["protector"]["images"] == 1
-    assert "a.example" not in json.dumps(out.response_metadata)
+@pytest.mark.parametrize("path", ["explicit", "captured", "streamed"])
+def test_a_guard_with_context_turns_sees_the_conversation(path: str) -> None:
+    guard = keyword_guard(context_turns=1)
+    plain = keyword_guard()
+    chain = FakeListChatModel(responses=["Roses."])
+    prompt = [HumanMessage("Tall?"), AIMessage("Yes."), HumanMessage("Why?")]
+    for each in (guard, plain):
+        if path == "explicit":
+            each.invoke({"question": prompt, "answer": "Roses."})
+        elif path == "captured":
+            (chain | each).invoke(prompt)
+        else:
+            list((chain | each).stream(prompt))
+    assert {turn.question for turn in asked(guard)} == {"User: Tall?\nAssistant: Yes.\nUser: Why?"}
+    assert {turn.question for turn in asked(plain)} == {"Why?"}
 
 
 # -- joining a stream -------------------------------------------------------------------------------
@@ -192,7 +187,16 @@ def test_chunks_join() -> None:
     }
 
 
-@pytest.mark.parametrize("parts", [["a", AIMessageChunk("b")], [AIMessage("a"), AIMessage("b")], [1, 2]])
+def test_structured_answers_join_as_langchain_joins_them() -> None:
+    assert merge_stream([{"a": "Pl"}, {"a": "Plant"}]) == {"a": "Plant"}
+    assert merge_stream([AddableDict(a="Pl"), AddableDict(b=1), AddableDict(a="ant")]) == {"a": "Plant", "b": 1}
+    assert merge_stream([[{"a": "Pl"}], [{"a": "Plant"}, {"a": "b"}]]) == [{"a": "Plant"}, {"a": "b"}]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [["a", AIMessageChunk("b")], [AIMessage("a"), AIMessage("b")], [1, 2], [["a"], ["b"]], [{"a": "b"}, ["a"]]],
+)
 def test_what_does_not_join_is_an_error(parts: list[object]) -> None:
     with pytest.raises(TypeError, match="cannot join"):
         merge_stream(parts)

@@ -237,7 +237,7 @@ async def test_every_turn_of_a_thread_is_judged_with_its_own_question() -> None:
     for use_async, question in ((False, "one"), (True, "two"), (False, "three")):
         state = await ask(agent, question, config, use_async=use_async)
     assert [(turn.question, turn.answer) for turn in scored(guard)] == [
-        (question, answer) for question in ("one", "two", "three") for answer in ("I look it up.", HARM)
+        (question, answer) for question in ("one", "two", "three") for answer in ("I look it up.", "rose", HARM)
     ]
     assert [type(message).__name__ for message in state["messages"]] == [
         "HumanMessage", "AIMessage", "ToolMessage", "AIMessage"
@@ -485,7 +485,7 @@ async def test_handlers_get_the_record_of_every_check() -> None:
         state = await ask(agent, "roses", config, use_async=use_async)
         assert [(record.answer, record.outcome) for record in sink.records] == [
             ("roses", "passed"),
-            ("I look it up.", "passed"),
+            ("I look it up.\n\nrose", "passed"),
             ("rose is a plant", "passed"),
             (HARM, "detoxified"),
         ]
