@@ -71,8 +71,8 @@ class ProtectorMiddleware(AgentMiddleware[AgentState[Any], ContextT]):
 
     **Tool calls.** A message with calls and harmless text keeps its calls. With harmful text, all calls of the
     response go, and so does its structured response: nothing of what was said is carried out. Harm in
-    the arguments of a call does the same, and says the refusal. Of a replaced answer nothing stays but the new text, usage
-    and neutral metadata.
+    the arguments of a call does the same, and says the refusal. Of a replaced answer nothing stays but the new text,
+    usage and neutral metadata.
 
     **Order.** Put it first among several: it then judges what the others made of the answer, too. What they write into
     the state themselves is theirs to answer for.
