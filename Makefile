@@ -69,10 +69,16 @@ weights: pull ## train the shipped models anew, in about four hours: make weight
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-detoxifier,smollm2-135m-open-detoxifier)
 
-bench: pull ## time scoring and rewriting with the default model
-	$(FAST) $(BIN)/python benchmarks/guard.py
-	$(FAST) $(BIN)/python benchmarks/streaming.py
-	$(FAST) $(BIN)/python benchmarks/concurrency.py
+# SCORING= (nothing) times long answers and large batches too, for half an hour and more; PEERS=my-folder installs other
+# guards there and times them too.
+SCORING ?= --quick
+
+bench: pull ## time scoring, rewriting, streams and the guard itself: make bench [SCORING=] [PEERS=my-folder]
+	$(FAST) $(BIN)/python bench/guard.py
+	$(FAST) $(BIN)/python bench/scoring.py $(SCORING)
+	$(FAST) $(BIN)/python bench/plumbing.py $(if $(PEERS),--peers $(PEERS))
+	$(FAST) $(BIN)/python bench/streaming.py
+	$(FAST) $(BIN)/python bench/concurrency.py
 
 rewrites: pull ## measure the rewrites: make rewrites ARGS="--data rows.jsonl --judge my-judge --output measured"
 	$(BIN)/python -m pip install --quiet --no-deps --group judge

@@ -87,8 +87,13 @@ class Case:
         """The record of `result`."""
         return GuardRecord.of(self.judged, result, origin=self.origin, trace_content=trace_content)
 
-    def output(self, result: GuardResult) -> object:
-        """What may leave, in the type the answer came in; an error if nothing of that type may."""
+    def output(self, result: GuardResult, record: GuardRecord) -> object:
+        """What may leave, in the type the answer came in; an error if nothing of that type may.
+
+        Args:
+            result: What was decided.
+            record: That of `result`.
+        """
         if isinstance(self.answer, str):
             return result.text
         changed = result.outcome in (Outcome.DETOXIFIED, Outcome.WITHHELD)
@@ -96,7 +101,7 @@ class Case:
             message = with_text(self.answer, result.text) if changed else self.answer
             if self.pieces and calls_go(result):
                 message = without_calls(message)
-            return with_record(message, self.record(result))
+            return with_record(message, record)
         if not changed:
             return self.answer
         if result.harmful:
@@ -120,8 +125,9 @@ class Step:
         result = verdict.result if isinstance(verdict, HarmfulAnswerError) else verdict
         if not isinstance(result, GuardResult):
             return cls(output=result)
-        output = verdict if isinstance(verdict, GuardError) else case.output(result)
-        return cls(output=output, record=case.record(result, trace_content=trace_content))
+        record = case.record(result, trace_content=trace_content)
+        output = verdict if isinstance(verdict, GuardError) else case.output(result, record)
+        return cls(output=output, record=record)
 
 
 def calls_go(result: GuardResult) -> bool:

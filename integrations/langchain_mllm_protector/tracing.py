@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from typing import Any, Final
 from uuid import UUID
 
-from langchain_core.callbacks import AsyncCallbackManagerForChainRun, BaseCallbackHandler, CallbackManagerForChainRun
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForChainRun,
+    BaseCallbackHandler,
+    BaseRunManager,
+    CallbackManagerForChainRun,
+)
 
+from langchain_mllm_protector.capture import PromptCapture
 from mllm_protector_guard import GuardRecord, RecordSink
 
 __all__ = ["CHECK_EVENT", "ProtectorCallbackHandler", "areport", "report"]
@@ -55,7 +61,9 @@ class ProtectorCallbackHandler(BaseCallbackHandler):
 
 
 def report(record: GuardRecord, run_manager: CallbackManagerForChainRun) -> None:
-    """Sends the event of a check and shows its scores and rewrites as child runs."""
+    """Sends the event of a check and shows its scores and rewrites as child runs, if there is anybody to see them."""
+    if not _watched(run_manager):
+        return
     children = run_manager.get_child()
     children.on_custom_event(CHECK_EVENT, record.model_dump(mode="json"), run_id=run_manager.run_id)
     for name, inputs, outputs in _steps(record):
@@ -64,11 +72,18 @@ def report(record: GuardRecord, run_manager: CallbackManagerForChainRun) -> None
 
 async def areport(record: GuardRecord, run_manager: AsyncCallbackManagerForChainRun) -> None:
     """`report` for asynchronous runs."""
+    if not _watched(run_manager):
+        return
     children = run_manager.get_child()
     await children.on_custom_event(CHECK_EVENT, record.model_dump(mode="json"), run_id=run_manager.run_id)
     for name, inputs, outputs in _steps(record):
         child = await children.on_chain_start({}, inputs, name=name)
         await child.on_chain_end(outputs)
+
+
+def _watched(run_manager: BaseRunManager) -> bool:
+    # The capture is in every run, and learns nothing from these.
+    return any(not isinstance(handler, PromptCapture) for handler in run_manager.inheritable_handlers)
 
 
 def _steps(record: GuardRecord) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

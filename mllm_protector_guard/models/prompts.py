@@ -7,6 +7,7 @@ spelled-out special tokens have no power. What leaves the guard is always the or
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ __all__ = [
     "EncodedTurn",
     "PromptTemplate",
     "encode",
+    "encode_all",
     "shorten",
     "shorten_question",
     "special_tokens",
@@ -135,14 +137,31 @@ def encode(turn: Turn, pattern: PromptTemplate, tokenizer: PreTrainedTokenizerBa
         pattern: The prompt.
         tokenizer: A fast one, for it must tell where its tokens stand in the text.
     """
+    return encode_all([turn], pattern, tokenizer)[0]
+
+
+def encode_all(turns: Sequence[Turn], pattern: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> list[EncodedTurn]:
+    """`encode` of each turn; the tokenizer, which has threads of its own, sees all of them at once."""
+    if not turns:
+        return []
     special = special_tokens(tokenizer)
-    question = None if turn.question is None else legible(turn.question, special)
-    answer = legible(turn.answer, special)
-    text, start, end = pattern.fill(question, answer)
-    encoded = tokenizer(text, add_special_tokens=pattern.add_special_tokens, return_offsets_mapping=True)
-    ids: list[int] = encoded["input_ids"]
-    inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and start < last > first]
-    if not inside or not answer.strip():
+    answers = [legible(turn.answer, special) for turn in turns]
+    questions = [None if turn.question is None else legible(turn.question, special) for turn in turns]
+    filled = [pattern.fill(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    encoded = tokenizer(
+        [text for text, _, _ in filled], add_special_tokens=pattern.add_special_tokens, return_offsets_mapping=True
+    )
+    return [
+        _split(ids, offsets, start, end, blank=not answer.strip())
+        for ids, offsets, (_, start, end), answer in zip(
+            encoded["input_ids"], encoded["offset_mapping"], filled, answers, strict=True
+        )
+    ]
+
+
+def _split(ids: list[int], offsets: list[tuple[int, int]], start: int, end: int, *, blank: bool) -> EncodedTurn:
+    inside = [i for i, (first, last) in enumerate(offsets) if first < end and start < last > first]
+    if not inside or blank:
         return EncodedTurn(prefix=ids, answer=[], suffix=[])
     return EncodedTurn(prefix=ids[: inside[0]], answer=ids[inside[0] : inside[-1] + 1], suffix=ids[inside[-1] + 1 :])
 

@@ -13,7 +13,7 @@ from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 
 from integrations.langchain_models import SAFE, EchoModel, keyword_guard
-from langchain_mllm_protector import ProtectorCallbackHandler, ProtectorGuard
+from langchain_mllm_protector import ProtectorCallbackHandler, ProtectorGuard, capture
 from mllm_protector_guard import Guard, GuardPolicy, GuardRecord, HarmfulAnswerError, JsonlSink
 from mllm_protector_guard.fakes import KeywordDetector, ScriptedDetoxifier
 
@@ -168,3 +168,15 @@ def test_a_blank_answer_shows_no_detector_run() -> None:
     tracer = TreeTracer()
     keyword_guard().invoke(AIMessage(""), {"callbacks": [tracer]})
     assert tracer.roots[0].child_runs == []
+
+
+async def test_no_child_runs_are_made_when_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    note = capture.CAPTURE._open
+    monkeypatch.setattr(capture.CAPTURE, "_open", lambda *args: (opened.append("run"), note(*args)))
+    guard = keyword_guard()
+    guard.invoke("a bomb")
+    await guard.ainvoke("a bomb")
+    assert len(opened) == 2
+    guard.invoke("a bomb", {"callbacks": [BaseCallbackHandler()]})
+    assert len(opened) == 5
