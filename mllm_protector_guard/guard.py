@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from mllm_protector_guard import calls
 from mllm_protector_guard.calls import has_method, name_of, probability
@@ -98,6 +98,21 @@ class Guard:
         calls.warm_up(self.detector)
         if self.policy.on_harm == "detoxify":
             calls.warm_up(self.detoxifier)
+
+    def changed(self, *, sinks: Sequence[RecordSink] | None = None, **policy: Any) -> Guard:
+        """A guard with the same models, other sinks if they are given, and the same policy but for these fields.
+
+        Raises:
+            ConfigError: The new policy asks for rewrites and there is no detoxifier.
+            pydantic.ValidationError: The policy has no such field, or the value is out of its range.
+        """
+        return Guard(
+            detector=self.detector,
+            detoxifier=self.detoxifier,
+            policy=GuardPolicy(**self.policy.model_dump() | policy) if policy else self.policy,
+            sinks=self.sinks if sinks is None else sinks,
+            trace_content=self.trace_content,
+        )
 
     def check(self, turn: Turn, *, origin: Origin | None = None) -> GuardResult:
         """The verdict on one turn.

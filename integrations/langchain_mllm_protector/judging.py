@@ -8,7 +8,6 @@ here. There is one record an answer.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -186,10 +185,7 @@ def _time_each(guard: Guard, checks: int, *, turns: int, spent_s: float) -> floa
 def _judge(guard: Guard, turns: Sequence[Turn], origins: Sequence[Origin], **policy: Any) -> list[Judged]:
     """The verdict of a guard with this policy on each turn, and its record, which no sink of `guard` gets."""
     kept = _KeptRecords()
-    quiet = copy.copy(guard)
-    quiet.policy = guard.policy.model_copy(update=policy)
-    quiet.sinks = (kept,)
-    verdicts = quiet.check_batch(turns, origins=origins, return_exceptions=True)
+    verdicts = guard.changed(sinks=[kept], **policy).check_batch(turns, origins=origins, return_exceptions=True)
     return list(zip(verdicts, kept.records, strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -195,9 +194,7 @@ def _withholding(guard: ProtectorGuard, *, refusal: str | None = None, **changes
         policy["refusal"] = refusal
     if guard.guard is None:
         return ProtectorGuard(**settings | policy)
-    ready = copy.copy(guard.guard)
-    ready.policy = ready.policy.model_copy(update=policy)
-    return ProtectorGuard(**settings | {"guard": ready})
+    return ProtectorGuard(**settings | {"guard": guard.guard.changed(**policy)})
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import aclosing
@@ -112,8 +111,7 @@ class StreamedCheck:
         tool_calls: ToolCalls,
     ) -> None:
         self._guard = guard
-        self._of_text = copy.copy(guard)
-        self._of_text.sinks = (self,)  # the record may have to wait for the tool calls
+        self._of_text = guard.changed(sinks=[self])  # the record may have to wait for the tool calls
         self._record: GuardRecord | None = None
         self._settled = False
         self._answer = TextAnswer() if isinstance(begun[0], str) else ChunkAnswer()

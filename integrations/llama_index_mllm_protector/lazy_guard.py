@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,9 +153,7 @@ def _policy(settings: dict[str, Any]) -> GuardPolicy:
 def _without_rewrites(guard: Guard) -> Guard:
     if guard.policy.on_harm != "detoxify":
         return guard
-    withholding = copy.copy(guard)
-    withholding.policy = guard.policy.model_copy(update={"on_harm": "withhold"})
-    return withholding
+    return guard.changed(on_harm="withhold")
 
 
 def _origins(turns: Sequence[Turn]) -> list[Origin]:

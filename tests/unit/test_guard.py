@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import mllm_protector_guard.guard
 from contracts.hard_texts import HARD_TEXTS
@@ -422,3 +423,22 @@ def comparable(result):
     """Everything of a result that does not depend on the clock or on chance."""
     rewrites = [(r.harm_score, r.chars, r.error) for r in result.rewrites]
     return (result.outcome, result.reason, result.text, result.harm_score, result.threshold, rewrites, result.error)
+
+
+def test_a_changed_guard_shares_the_models_and_differs_in_what_was_named():
+    records = []
+
+    class Sink:
+        def emit(self, record):
+            records.append(record)
+
+    detector = KeywordDetector({"bomb"})
+    guard = Guard(detector=detector, detoxifier=ScriptedDetoxifier(["safe"]), policy=GuardPolicy(max_attempts=1))
+    other = guard.changed(sinks=[Sink()], on_harm="withhold", refusal="No.")
+    assert other.check(Turn(question="q", answer="a bomb")).text == "No."
+    assert guard.check(Turn(question="q", answer="a bomb")).text == "safe"
+    assert (other.detector, other.policy.max_attempts, len(records)) == (detector, 1, 1)
+    with pytest.raises(ValidationError):
+        guard.changed(no_such_field=1)
+    with pytest.raises(ConfigError, match="rewrite"):
+        Guard(detector=detector, policy=GuardPolicy(on_harm="flag")).changed(on_harm="detoxify")
