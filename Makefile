@@ -79,6 +79,7 @@ bench: pull ## time scoring, rewriting, streams and the guard itself: make bench
 	$(FAST) $(BIN)/python bench/plumbing.py $(if $(PEERS),--peers $(PEERS))
 	$(FAST) $(BIN)/python bench/streaming.py
 	$(FAST) $(BIN)/python bench/concurrency.py
+	$(FAST) $(BIN)/python bench/rewriting.py
 
 rewrites: pull ## measure the rewrites: make rewrites ARGS="--data rows.jsonl --judge my-judge --output measured"
 	$(BIN)/python -m pip install --quiet --no-deps --group judge

@@ -198,7 +198,8 @@ def _make_detector(
     base_revision: str | None,
     local_files_only: bool | None,
 ) -> TransformersDetector:
-    from mllm_protector_guard.models.detector import TransformersDetector, load_classifier, load_pooled
+    from mllm_protector_guard.models.detector import TransformersDetector
+    from mllm_protector_guard.models.detector_loading import load_classifier, load_pooled
 
     folder = _folder(model, "detector", revision, local_files_only)
     if (folder / CONFIG_FILE).exists():

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mllm_protector_guard.errors import CheckpointError, ConfigError, MissingDependencyError
 from mllm_protector_guard.models import catalog
@@ -26,8 +26,10 @@ from mllm_protector_guard.models.device import resolve_device, resolve_dtype
 from mllm_protector_guard.models.offline import offline
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.models.pull import ensure_base, read_source
+from mllm_protector_guard.models.sharing import HeldBackbone, merge_beside
 
 __all__ = [
+    "attach_adapter",
     "isolated",
     "load_model",
     "load_tokenizer",
@@ -124,13 +126,16 @@ def load_tokenizer(folder: Path, *, padding_side: str) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def load_model(auto: Any, folder: Path, placement: Placement, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+def load_model(
+    auto: Any, folder: Path, placement: Placement, *, held: HeldBackbone | None = None, **options: Any
+) -> tuple[PreTrainedModel, set[str]]:
     """A model in eval mode on its device, and the names of weights that the checkpoint did not have.
 
     Args:
         auto: `AutoModel` or one of its siblings.
         folder: Local checkpoint with safetensors weights.
         placement: Device, dtype and quantization.
+        held: A decoder in memory whose weights this model takes for its own, where it has them.
         options: More arguments of `from_pretrained`, e.g. `num_hidden_layers`.
 
     Raises:
@@ -155,7 +160,8 @@ def load_model(auto: Any, folder: Path, placement: Placement, **options: Any) ->
         raise MissingDependencyError("accelerate", "train")
     try:
         with isolated():
-            model, loading = auto.from_pretrained(folder, **arguments)
+            read = auto.from_pretrained if held is None else _beside(auto, held)
+            model, loading = read(folder, **arguments)
         if "device_map" not in arguments:
             model = model.to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -173,8 +179,23 @@ def load_model(auto: Any, folder: Path, placement: Placement, **options: Any) ->
     return model.eval(), set(loading["missing_keys"])
 
 
-def with_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """The model with a LoRA adapter on it, merged into the weights if `merge`.
+def with_adapter(
+    model: PreTrainedModel, folder: Path, *, merge: bool, held: HeldBackbone | None = None
+) -> PreTrainedModel:
+    """The model with a LoRA adapter on it, merged into its weights if `merge`, but into none that are also `held`'s.
+
+    Raises:
+        CheckpointError: The adapter is pickled, damaged, or was trained on another architecture.
+    """
+    adapted = attach_adapter(model, folder)
+    if not merge:
+        return adapted.eval()  # type: ignore[no-any-return]
+    result = adapted.merge_and_unload() if held is None else merge_beside(adapted, held)
+    return result.eval()  # type: ignore[no-any-return]
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with a LoRA adapter on it that has all its weights.
 
     Raises:
         CheckpointError: The adapter is pickled, damaged, or was trained on another architecture.
@@ -195,8 +216,7 @@ def with_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTra
     # Without the argument PEFT would look the base model up on the hub.
     if stored != set(get_peft_model_state_dict(adapted, save_embedding_layers=False)):
         raise mismatch
-    result = adapted.merge_and_unload() if merge else adapted
-    return result.eval()  # type: ignore[no-any-return]
+    return adapted
 
 
 def max_tokens(model: Any) -> int:
@@ -237,6 +257,25 @@ def isolated() -> Iterator[None]:
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()
+
+
+def _beside(auto: Any, held: HeldBackbone) -> Callable[..., Any]:
+    """A `from_pretrained` that reads from the file only what `held` does not have."""
+
+    def read(folder: Path, *, use_safetensors: bool, trust_remote_code: bool, **arguments: Any) -> Any:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Its class alone is wanted; nothing is allocated.
+        with torch.device("meta"):
+            kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            inner = {name: name.removeprefix(f"{kind.base_model_prefix}.") for name in file.keys()}  # noqa: SIM118
+            weights = {n: held.weights[i] if i in held.weights else file.get_tensor(n) for n, i in inner.items()}
+        model, loading = kind.from_pretrained(None, config=config, state_dict=weights, **arguments)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model, loading
+
+    return read
 
 
 def _quantization(bits: str, device: torch.device) -> Any:

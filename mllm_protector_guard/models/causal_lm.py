@@ -21,7 +21,9 @@ from mllm_protector_guard.models.backbone import (
     with_adapter,
 )
 from mllm_protector_guard.models.checkpoint import BaseReference
+from mllm_protector_guard.models.layout import lay_out_by_column
 from mllm_protector_guard.models.placement import Placement
+from mllm_protector_guard.models.sharing import find_held
 
 __all__ = ["LoadedCausalLM", "generate", "load_causal_lm"]
 
@@ -46,12 +48,15 @@ def load_causal_lm(
 ) -> LoadedCausalLM:
     """A causal LM: a whole checkpoint in `folder`, or a LoRA adapter in `folder` on `base`.
 
+    The adapter's model stands on the layers of a detector in memory on the same base, where there is one in float32.
+
     Raises:
         CheckpointError: A part is missing, damaged, or does not fit.
     """
     root = folder if base is None else resolve_base(base, local_files_only=local_files_only)
     tokenizer = load_tokenizer(root if base is None else tokenizer_home(folder, root), padding_side="left")
-    model, missing = load_model(AutoModelForCausalLM, root, placement)
+    held = None if base is None else find_held(root, folder, placement)
+    model, missing = load_model(AutoModelForCausalLM, root, placement, held=held)
     if missing:
         raise CheckpointError(
             f"{str(root)!r} lacks {len(missing)} weights of a causal language model. "
@@ -59,7 +64,8 @@ def load_causal_lm(
             source=root,
         )
     if base is not None:
-        model = with_adapter(model, folder, merge=placement.quantization is None)
+        model = with_adapter(model, folder, merge=placement.quantization is None, held=held)
+    lay_out_by_column(model)
     require_pad_token(tokenizer, model)
     # Of the checkpoint's own ways to generate, only its end counts: `generate` would take over the others unasked.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)

@@ -15,7 +15,8 @@ from transformers import AutoModel, set_seed
 from mllm_protector_guard.errors import ConfigError
 from mllm_protector_guard.models.backbone import load_tokenizer, resolve_base
 from mllm_protector_guard.models.checkpoint import HEAD_FILE, DetectorConfig
-from mllm_protector_guard.models.detector import TransformersDetector, load_pooled
+from mllm_protector_guard.models.detector import TransformersDetector
+from mllm_protector_guard.models.detector_loading import load_pooled
 from mllm_protector_guard.models.placement import Placement
 from mllm_protector_guard.models.pooling import PooledClassifier
 from mllm_protector_guard.training.adapters import (

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, LlamaForSequenceClassification
 
 from mllm_protector_guard import ConfigError, DetectorError, Turn, load_detector
-from mllm_protector_guard.models.detector import LoadedDetector
+from mllm_protector_guard.models.detector_loading import LoadedDetector
 from mllm_protector_guard.models.prompts import DETECTOR_TEMPLATES, encode
 from models.tiny import (
     OFFICIAL_DETECTOR,

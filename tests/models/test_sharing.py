@@ -13,7 +13,7 @@ import transformers
 from mllm_protector_guard import GuardPolicy, Outcome, Turn, load_detector, load_detoxifier, load_guard
 from mllm_protector_guard.fakes import KeywordDetector
 from mllm_protector_guard.models import causal_lm
-from mllm_protector_guard.models import detector as detector_module
+from mllm_protector_guard.models import detector_loading as detector_module
 
 TURN = Turn(question="q", answer="a")
 

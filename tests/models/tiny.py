@@ -174,12 +174,12 @@ def save_official_detoxifier(folder: Path, base: Path) -> Path:
     return save_adapter(folder, model, base_name=OFFICIAL_DETOXIFIER_BASE, task_type="CAUSAL_LM")
 
 
-def save_detector(folder: Path, base: Path, **fields: Any) -> Path:
+def save_detector(folder: Path, base: Path, *, adapter: dict[str, Any] | None = None, **fields: Any) -> Path:
     """A detector in the package's own format."""
     given = {"template": "chatml", "layers": 2, "revision": "0", "licence": "MIT", **fields}
     config = DetectorConfig(base=given.pop("reference", BaseReference(name=str(base))), **given)
     backbone = AutoModel.from_pretrained(base, num_hidden_layers=config.layers or LAYERS)
-    save_adapter(folder, backbone, base_name=str(base))
+    save_adapter(folder, backbone, base_name=str(base), **adapter or {})
     generator = torch.Generator().manual_seed(2)
     head = {"weight": torch.randn(1, HIDDEN, generator=generator), "bias": torch.randn(1, generator=generator)}
     save_file(head, folder / "head.safetensors")
@@ -187,11 +187,11 @@ def save_detector(folder: Path, base: Path, **fields: Any) -> Path:
     return folder
 
 
-def save_detoxifier(folder: Path, base: Path, **fields: Any) -> Path:
+def save_detoxifier(folder: Path, base: Path, *, adapter: dict[str, Any] | None = None, **fields: Any) -> Path:
     """A detoxifier in the package's own format."""
     given = {"template": "chatml", "max_new_tokens": 8, "revision": "0", "licence": "MIT", **fields}
     config = DetoxifierConfig(base=given.pop("reference", BaseReference(name=str(base))), **given)
-    save_adapter(folder, LlamaForCausalLM.from_pretrained(base), base_name=str(base))
+    save_adapter(folder, LlamaForCausalLM.from_pretrained(base), base_name=str(base), **adapter or {})
     write_config(folder, config)
     return folder
 
