@@ -51,7 +51,7 @@ WRITTEN := mllm_protector_guard/training/written
 HERE = $(foreach name,$(2),--$(1) $(DATA)/$(name).jsonl.gz)
 DETECTOR_FILES = $(call HERE,train,detector_train_human detector_train_modeljudge detector_train_safe_answers \
 	benign_instructions detector_hard_negatives_written) \
-	$(foreach name,hard_negatives plain_answers image_answers,--train $(WRITTEN)/$(name).jsonl) $(call HERE,dev,detector_dev)
+	$(foreach name,hard_negatives plain_answers image_answers chat_answers,--train $(WRITTEN)/$(name).jsonl) $(call HERE,dev,detector_dev)
 LABEL_FILES = $(call HERE,pairs,detox_pairs_weak_hh detox_rewrites_written) \
 	$(foreach name,hh hh_mild rewrites_harmless,--labels $(WRITTEN)/labels/$(name).jsonl) --dev-labels $(WRITTEN)/labels/hh_dev.jsonl
 DETOXIFIER_FILES = $(call HERE,train,detox_rewrites_written detox_triples detox_pairs_weak_hh) \
@@ -60,12 +60,13 @@ DETOXIFIER_FILES = $(call HERE,train,detox_rewrites_written detox_triples detox_
 WEIGHTS ?= weights
 RECIPE = --resume --recipe $(1) --output $(WEIGHTS)/$(1) $(if $(2),--set start_from=$(WEIGHTS)/$(2))
 
-weights: pull ## train the shipped models anew, in about four hours: make weights DATA=my-folder WEIGHTS=my-weights
+weights: pull ## train the shipped models anew, in about five hours: make weights DATA=my-folder WEIGHTS=my-weights
 	@test -n "$(DATA)" || { echo "name the folder of the training files: make weights DATA=my-folder"; exit 2; }
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-open-detector-1)
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-open-detector,smollm2-135m-open-detector-1)
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-detector-1)
-	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector,smollm2-135m-detector-1)
+	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector-2,smollm2-135m-detector-1)
+	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector,smollm2-135m-detector-2)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-detoxifier,smollm2-135m-open-detoxifier)
 
