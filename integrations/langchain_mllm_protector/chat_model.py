@@ -24,6 +24,7 @@ from pydantic import PrivateAttr, ValidationError
 from langchain_mllm_protector.cases import QUESTION_KEY, RECORD_KEY
 from langchain_mllm_protector.guard import ProtectorGuard
 from langchain_mllm_protector.messages import neutral
+from langchain_mllm_protector.owned import Owned
 from langchain_mllm_protector.runs import Call, RunWatch, parent_run
 from langchain_mllm_protector.silence import Silence, silent_astream, silent_stream
 from langchain_mllm_protector.wrapped import WrappedChatModel
@@ -145,8 +146,8 @@ class ProtectedChatModel(WrappedChatModel):
             copy = self._for(
                 Call(run=lambda: watch.run, opened=lambda chunks: closing.push_async_callback(chunks.aclose))
             )
-            chunks = BaseChatModel.astream(copy, input, {**config, "callbacks": callbacks}, stop=stop, **kwargs)
-            closing.push_async_callback(chunks.aclose)  # type: ignore[attr-defined]  # a generator
+            chunks = Owned(BaseChatModel.astream(copy, input, {**config, "callbacks": callbacks}, stop=stop, **kwargs))
+            closing.push_async_callback(chunks.aclose)
             async for chunk in chunks:
                 yield chunk
 
@@ -220,7 +221,7 @@ class ProtectedChatModel(WrappedChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = self._call or Call()
         run = parent_run(AsyncCallbackManagerForChainRun, run_manager or call.run())
-        chunks = self._achunks(messages, stop, run, kwargs)
+        chunks = Owned(self._achunks(messages, stop, run, kwargs))
         call.opened(chunks)
         return chunks
 
@@ -250,9 +251,9 @@ class ProtectedChatModel(WrappedChatModel):
         if not self.model._should_stream(async_api=True, **{**kwargs, "stream": True}):
             yield _as_chunk(await self._agenerate(messages, stop, cast("AsyncCallbackManagerForLLMRun", run), **kwargs))
             return
-        parts = silent_astream(lambda: self.model._astream(messages, stop=stop, **kwargs))
-        raw = (_message_of(part) async for part in parts)
-        guarded = self._protector._atransform(raw, run, _asked(messages))
+        parts = Owned(silent_astream(lambda: self.model._astream(messages, stop=stop, **kwargs)))
+        raw = Owned(_message_of(part) async for part in parts)
+        guarded = Owned(self._protector._atransform(raw, run, _asked(messages)))
         async with aclosing(parts), aclosing(raw), aclosing(guarded):
             async for message in guarded:
                 yield ChatGenerationChunk(message=cast("AIMessageChunk", message))

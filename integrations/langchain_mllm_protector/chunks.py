@@ -173,4 +173,6 @@ def _runs(contents: Iterator[Content] | Sequence[Content]) -> list[Content]:
 
 
 def _merged(contents: Sequence[Content]) -> Content:
-    return cast("Content", merge_content(contents[0], *contents[1:]))
+    first, *rest = contents
+    # A copy: older releases of langchain-core add to the first list itself.
+    return cast("Content", merge_content(first if isinstance(first, str) else [*first], *rest))

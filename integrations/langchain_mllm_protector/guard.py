@@ -15,6 +15,7 @@ from langchain_core.runnables import RunnableConfig
 
 from langchain_mllm_protector.cases import Case, Step, case_of
 from langchain_mllm_protector.judging import steps_of
+from langchain_mllm_protector.owned import Owned
 from langchain_mllm_protector.settings import GuardSettings
 from langchain_mllm_protector.streams import StreamOpener, aguard_stream, arelay, guard_stream, relay
 from langchain_mllm_protector.tracing import areport, report
@@ -202,13 +203,13 @@ class ProtectorGuard(GuardSettings):
             def guarded(
                 input: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
             ) -> AsyncIterator[Any]:
-                chunks = self._atransform(input, run_manager, config)
+                chunks = Owned(self._atransform(input, run_manager, config))
                 closing.push_async_callback(chunks.aclose)
                 return chunks
 
-            parts = arelay(input)
-            run = self._atransform_stream_with_config(parts, guarded, config, run_type="parser")
-            closing.push_async_callback(run.aclose)  # type: ignore[attr-defined]  # a generator
+            parts = Owned(arelay(input))
+            run = Owned(self._atransform_stream_with_config(parts, guarded, config, run_type="parser"))
+            closing.push_async_callback(run.aclose)
             closing.push_async_callback(parts.aclose)
             async for chunk in run:
                 yield chunk

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import BaseTransformOutputParser
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -88,6 +89,23 @@ class GuardSettings(BaseTransformOutputParser[Any]):
             CheckpointError: A model cannot be loaded.
         """
         self._engine().warm_up()
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """True: LangChain's `dumps` writes the settings, if they hold names and paths and no models."""
+        return True
+
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """The settings for `dumps`; of a guard that holds models or a `Guard` only its class."""
+        if self.guard is not None or not all(
+            isinstance(m, str | Path | None) for m in (self.detector, self.detoxifier)
+        ):
+            return self.to_json_not_implemented()
+        written = super().to_json()
+        if written["type"] == "constructor":
+            settings = written["kwargs"].items()
+            written["kwargs"] = {name: str(value) if isinstance(value, Path) else value for name, value in settings}
+        return written
 
     @property
     def _type(self) -> str:

@@ -20,6 +20,7 @@ from langchain_mllm_protector.chunks import ChunkAnswer, TextAnswer, only_text
 from langchain_mllm_protector.judging import check_calls, emit
 from langchain_mllm_protector.leaves import pieces
 from langchain_mllm_protector.messages import Question, answer_text, merge_stream
+from langchain_mllm_protector.owned import Owned
 from langchain_mllm_protector.tracing import areport, report
 from mllm_protector_guard import Guard, GuardError, GuardRecord, GuardResult, Origin, Turn
 
@@ -250,7 +251,7 @@ async def aguard_stream(
             check = await asyncio.to_thread(opener.open, begun)
             if check is None:
                 break
-            async with aclosing(check.arun(parts, run_manager)) as chunks:
+            async with aclosing(Owned(check.arun(parts, run_manager))) as chunks:
                 async for chunk in chunks:
                     yield chunk
             return
@@ -267,9 +268,10 @@ def relay(parts: Iterator[Any]) -> Generator[Any]:
 
 async def arelay(parts: AsyncIterator[Any]) -> AsyncGenerator[Any]:
     """`parts`, closed with the relay."""
-    try:
+    if not isinstance(parts, AsyncGenerator):
         async for part in parts:
             yield part
-    finally:
-        if isinstance(parts, AsyncGenerator):
-            await parts.aclose()
+        return
+    async with aclosing(Owned(parts)) as owned:
+        async for part in owned:
+            yield part

@@ -10,7 +10,7 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableParallel, RunnableSequence
 from langchain_core.tools import BaseTool
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, InstanceOf
 
 from mllm_protector_guard import ConfigError
 
@@ -25,7 +25,8 @@ class WrappedChatModel(BaseChatModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    model: BaseChatModel
+    # The validators of older releases of langchain-core fail on objects of other kinds.
+    model: InstanceOf[BaseChatModel]
     streaming: bool = False
     # With a cache, LangChain would take the answers of the wrapped model for those of this one, and unjudged.
     cache: Literal[False] = False

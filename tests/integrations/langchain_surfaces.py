@@ -1,21 +1,18 @@
-"""A harmful chat model, and all the places where words of its answer could be seen."""
+"""A harmful chat model, the ways to call it, and who listens: callers, handlers and tracers."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from langchain.agents import create_agent
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage
-from langchain_core.output_parsers import StrOutputParser
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel
+from langchain_core.runnables import Runnable
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.context import collect_runs
-from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.config import get_stream_writer
-from langgraph.graph import START, MessagesState, StateGraph
 from langsmith import Client, tracing_context
 from pydantic import Field
 
@@ -23,13 +20,26 @@ from mllm_protector_guard import GuardRecord
 
 RAW = "Brew a quaffle bomb with zumblot"
 WORDS = ("quaffle", "bomb", "zumblot")
+"""What is to be seen nowhere."""
+
+HARM = "Then brew a quaffle bomb with zumblot, as this line tells. "
+# Each is long enough to be judged alone, and has a word of its own.
+SENTENCES = (
+    "Plant the alders in a sunny bed that drains well after rain. ",
+    "Water the birches early in the morning, and never on leaves. ",
+    "Feed the cedars twice a year with compost from the old heap. ",
+    "Cut the dogwoods in March, above a bud that points outwards. ",
+)
+MARKS = ("alders", "birches", "cedars", "dogwoods")
 ROSES = "Plant roses."
+# By names, because the settings of a model are seen in traces.
+TEXTS = {"raw": RAW, "harm first": HARM + "".join(SENTENCES), "harm last": "".join(SENTENCES) + HARM, "roses": ROSES}
 
 
 class Model(BaseChatModel):
     """Says one text, in pieces when streamed. With `inside`, another model is called to say it."""
 
-    harmful: bool = True
+    says: str = "raw"
     inside: bool = False
     fails: bool = False
     rows: int = 1
@@ -44,7 +54,7 @@ class Model(BaseChatModel):
 
     def _chunks(self, messages: list[BaseMessage], kwargs: dict[str, Any]) -> Iterator[ChatGenerationChunk]:
         if self.inside:
-            for chunk in Model(harmful=self.harmful).stream(messages):
+            for chunk in Model(says=self.says).stream(messages):
                 yield ChatGenerationChunk(message=chunk)
             return
         if kwargs.get("tools") and not isinstance(messages[-1], ToolMessage):
@@ -52,8 +62,8 @@ class Model(BaseChatModel):
                 call = {"name": "water" if "{" in args else None, "args": args, "id": "c" if "{" in args else None}
                 yield ChatGenerationChunk(message=AIMessageChunk("", tool_call_chunks=[{**call, "index": 0}]))
         else:
-            for word in (RAW if self.harmful else "\n".join([ROSES] * self.rows)).split(" "):
-                chunk = AIMessageChunk(word if word.endswith(".") else word + " ")
+            for word in re.findall(r"(?:\S+\s*){1,3}", "\n".join([TEXTS[self.says]] * self.rows)):
+                chunk = AIMessageChunk(word)
                 yield ChatGenerationChunk(message=chunk, generation_info={"logprobs": {"content": [{"token": word}]}})
                 if self.fails:
                     raise ConnectionError("the line is dead")
@@ -82,7 +92,7 @@ class Model(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         try:
             if self.inside:
-                async for part in Model(harmful=self.harmful).astream(messages):
+                async for part in Model(says=self.says).astream(messages):
                     yield ChatGenerationChunk(message=part)
             else:
                 for chunk in self._chunks(messages, kwargs):
@@ -138,70 +148,23 @@ class RecordingClient(Client):
     update_run = create_run
 
 
-def graph(model: Runnable[Any, Any]) -> Any:
-    def ask(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [model.invoke(state["messages"])]}
-
-    def tell(state: MessagesState) -> dict[str, Any]:
-        write = get_stream_writer()
-        for chunk in model.stream(state["messages"]):
-            write(chunk)
-        return {}
-
-    building = StateGraph(MessagesState).add_sequence([ask, tell]).add_edge(START, "ask")
-    return building.compile(checkpointer=InMemorySaver())
+async def _astream(model: Any, value: Any, config: Any) -> list[object]:
+    return [chunk async for chunk in model.astream(value, config)]
 
 
-MODES = ["messages", "updates", "values", "custom", "checkpoints", "tasks"]
-
-
-async def in_graph(model: Any, config: Any) -> list[object]:
-    config = {**config, "configurable": {"thread_id": "1"}}
-    compiled = graph(model)
-    seen: list[object] = list(compiled.stream({"messages": ["Hi"]}, config, stream_mode=MODES))
-    seen += [part async for part in compiled.astream({"messages": ["Hi"]}, config, stream_mode=MODES)]
-    return [*seen, *compiled.get_state_history(config), compiled.checkpointer.storage, compiled.checkpointer.blobs]
-
-
-async def in_agent(model: Any, config: Any) -> list[object]:
-    agent = create_agent(model, tools=[])
-    seen: list[object] = list(agent.stream({"messages": ["Hi"]}, config, stream_mode=MODES[:4]))
-    return seen + [event async for event in agent.astream_events({"messages": ["Hi"]}, config, version="v2")]
-
-
-async def in_async_stream(model: Any, config: Any) -> list[object]:
-    return [chunk async for chunk in model.astream("Hi", config)]
-
-
-async def in_events(model: Any, config: Any) -> list[object]:
-    chain = RunnableLambda(lambda text: text) | model | StrOutputParser()
-    return [event async for event in chain.astream_events("Hi", config, version="v2")]
-
-
-async def in_protocol_events(model: Any, config: Any) -> list[object]:
-    stream = await model.astream_events("Hi", config, version="v3")
-    return [*model.stream_events("Hi", config, version="v3"), *[event async for event in stream]]
-
-
-SURFACES: dict[str, Callable[[Any, Any], Any]] = {
-    "invoke": lambda model, config: model.invoke("Hi", config),
-    "ainvoke": lambda model, config: model.ainvoke("Hi", config),
-    "batch": lambda model, config: model.batch(["Hi", "Ho"], config),
-    "abatch": lambda model, config: model.abatch(["Hi", "Ho"], config),
-    "generate": lambda model, config: model.generate([[HumanMessage("Hi")]], callbacks=config["callbacks"]),
-    "stream": lambda model, config: list(model.stream("Hi", config)),
-    "astream": in_async_stream,
-    "chain": lambda model, config: list((RunnableParallel(a=model) | str).stream("Hi", config)),
-    "events v2": in_events,
-    "events v3": in_protocol_events,
-    "graph": in_graph,
-    "agent": in_agent,
+CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "invoke": lambda model, value, config: model.invoke(value, config),
+    "ainvoke": lambda model, value, config: model.ainvoke(value, config),
+    "batch": lambda model, value, config: model.batch([value, value], config),
+    "abatch": lambda model, value, config: model.abatch([value, value], config),
+    "stream": lambda model, value, config: list(model.stream(value, config)),
+    "astream": _astream,
 }
 
 
-async def show(surface: str, model: Any, config: Any) -> object:
+async def show(call: str, model: Any, config: Any, value: Any = "Hi") -> Any:
     """What the caller gets to see of a model."""
-    seen = SURFACES[surface](model, config)
+    seen = CALLS[call](model, value, config)
     return await seen if asyncio.iscoroutine(seen) else seen
 
 
@@ -210,13 +173,22 @@ def told_by(run: Any) -> list[object]:
     return [run.inputs, run.outputs, run.events, run.extra, run.error, *below]
 
 
-async def seen_in(surface: str, model: Any) -> str:
-    """All that is seen of a model by the caller, by handlers and by tracers of every kind."""
-    ear, client = Ear(), RecordingClient()
-    with collect_runs() as collected, tracing_context(enabled=True, client=client):
-        seen = await show(surface, model, {"callbacks": [ear]})
-    runs = [told for run in collected.traced_runs for told in told_by(run)]
-    assert ear.heard
-    assert client.sent
-    assert runs
-    return repr((seen, ear.heard, client.sent, runs))
+class Watch:
+    """All that handlers and tracers of every kind get to know while it is on."""
+
+    def __init__(self) -> None:
+        self.ear = Ear()
+        self._client = RecordingClient()
+        self._runs: list[object] = []
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with collect_runs() as collected, tracing_context(enabled=True, client=self._client):
+            yield
+        self._runs += [told for run in collected.traced_runs for told in told_by(run)]
+
+    def seen(self) -> str:
+        assert self.ear.heard
+        assert self._client.sent
+        assert self._runs
+        return repr((self.ear.heard, self._client.sent, self._runs))
