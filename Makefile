@@ -60,13 +60,12 @@ DETOXIFIER_FILES = $(call HERE,train,detox_rewrites_written detox_triples detox_
 WEIGHTS ?= weights
 RECIPE = --resume --recipe $(1) --output $(WEIGHTS)/$(1) $(if $(2),--set start_from=$(WEIGHTS)/$(2))
 
-weights: pull ## train the shipped models anew, in about five hours: make weights DATA=my-folder WEIGHTS=my-weights
+weights: pull ## train the shipped models anew, in about four hours: make weights DATA=my-folder WEIGHTS=my-weights
 	@test -n "$(DATA)" || { echo "name the folder of the training files: make weights DATA=my-folder"; exit 2; }
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-open-detector-1)
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-open-detector,smollm2-135m-open-detector-1)
 	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(call RECIPE,smollm2-135m-detector-1)
-	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector-2,smollm2-135m-detector-1)
-	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector,smollm2-135m-detector-2)
+	$(FAST) $(BIN)/mllm-protector train detector $(DETECTOR_FILES) $(LABEL_FILES) $(call RECIPE,smollm2-135m-detector,smollm2-135m-detector-1)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-open-detoxifier)
 	$(FAST) $(BIN)/mllm-protector train detoxifier $(DETOXIFIER_FILES) $(call RECIPE,smollm2-135m-detoxifier,smollm2-135m-open-detoxifier)
 

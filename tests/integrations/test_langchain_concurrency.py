@@ -105,6 +105,7 @@ def one_chain(memory: capture.PromptCapture, question: str) -> str | None:
     return None if found is None else found.text
 
 
+@pytest.mark.slow
 def test_twenty_thousand_calls_leave_the_capture_as_small_as_it_was() -> None:
     memory = capture.PromptCapture()
 
