@@ -279,9 +279,16 @@ class Guard:
             case.detoxifier_ms = detoxifier_ms
         return [decide(case, self.policy) for case in cases]
 
+    def emit(self, record: GuardRecord) -> None:
+        """Gives the record to every sink; an error of a sink is logged and goes no further."""
+        self._deliver(record.id, lambda: record)
+
     def _emit(self, turn: Turn, result: GuardResult, origin: Origin) -> None:
+        self._deliver(result.id, lambda: GuardRecord.of(turn, result, origin=origin, trace_content=self.trace_content))
+
+    def _deliver(self, record_id: str, make: Callable[[], GuardRecord]) -> None:
         for sink in self.sinks:
             try:
-                sink.emit(GuardRecord.of(turn, result, origin=origin, trace_content=self.trace_content))
+                sink.emit(make())
             except Exception as error:
-                logger.warning("%s lost record %s: %s", name_of(sink), result.id, name_of(error))
+                logger.warning("%s lost record %s: %s", name_of(sink), record_id, name_of(error))

@@ -26,6 +26,7 @@ from langchain_mllm_protector.guard import ProtectorGuard
 from langchain_mllm_protector.messages import neutral
 from langchain_mllm_protector.owned import Owned
 from langchain_mllm_protector.runs import Call, RunWatch, parent_run
+from langchain_mllm_protector.settings import faults_of
 from langchain_mllm_protector.silence import Silence, silent_astream, silent_stream
 from langchain_mllm_protector.wrapped import WrappedChatModel
 from mllm_protector_guard import ConfigError, Guard, Outcome
@@ -92,9 +93,8 @@ class ProtectedChatModel(WrappedChatModel):
             try:
                 super().__init__(**settings)
             except ValidationError as error:
-                faults = "; ".join(f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
                 raise ConfigError(
-                    f"ProtectedChatModel cannot be built: {faults}. Settings of the guard go into "
+                    f"ProtectedChatModel cannot be built: {faults_of(error)}. Settings of the guard go into "
                     "guard=ProtectorGuard(...), those of the chat model into model=..., before anything is bound to it."
                 ) from error
             self._protector = (

@@ -30,7 +30,7 @@ from mllm_protector_guard import (
     Turn,
 )
 
-__all__ = ["check_calls", "emit", "judge", "steps_of"]
+__all__ = ["check_calls", "judge", "steps_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -124,15 +124,6 @@ def check_calls(guard: Guard, case: Case, text: GuardResult) -> Judged:
     return ended, case.record(result, trace_content=guard.trace_content)
 
 
-def emit(guard: Guard, record: GuardRecord) -> None:
-    """Gives the record to every sink of `guard`; an error of a sink is logged and goes no further."""
-    for sink in guard.sinks:
-        try:
-            sink.emit(record)
-        except Exception as error:
-            logger.warning("%s lost record %s: %s", type(sink).__name__, record.id, type(error).__name__)
-
-
 def _check(guard: Guard, cases: Sequence[Case]) -> list[Verdict]:
     if not any(case.pieces for case in cases):
         return guard.check_batch(
@@ -154,7 +145,7 @@ def _check(guard: Guard, cases: Sequence[Case]) -> list[Verdict]:
         judged[place][0] = (verdict, record)
     wholes = [_whole(guard, case, text, values) for case, (text, *values) in zip(cases, judged, strict=True)]
     for _, record in wholes:
-        emit(guard, record)
+        guard.emit(record)
     return [verdict for verdict, _ in wholes]
 
 

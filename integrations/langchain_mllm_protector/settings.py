@@ -23,7 +23,7 @@ from mllm_protector_guard import (
     load_guard,
 )
 
-__all__ = ["GuardSettings"]
+__all__ = ["GuardSettings", "faults_of"]
 
 _Tokens = Annotated[int, Field(strict=True, ge=1, le=999_999)]
 
@@ -66,8 +66,7 @@ class GuardSettings(BaseTransformOutputParser[Any]):
                 super().__init__(**settings)
                 self._policy()
             except ValidationError as error:
-                faults = "; ".join(f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
-                raise ConfigError(f"ProtectorGuard cannot be built: {faults}") from error
+                raise ConfigError(f"ProtectorGuard cannot be built: {faults_of(error)}") from error
             self._refuse_settings_beside_guard()
             if self.capture:
                 enable_capture(self.context_turns)
@@ -156,3 +155,8 @@ class GuardSettings(BaseTransformOutputParser[Any]):
 
     def _policy(self) -> GuardPolicy:
         return GuardPolicy(**{name: getattr(self, name) for name in GuardPolicy.model_fields})
+
+
+def faults_of(error: ValidationError) -> str:
+    """Each wrong setting and what is wrong with it, without the value."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())

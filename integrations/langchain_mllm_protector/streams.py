@@ -17,7 +17,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_mllm_protector.capture import find_question_early
 from langchain_mllm_protector.cases import Case, MissingQuestion, ToolCalls, calls_go, explicit_question, origin_of
 from langchain_mllm_protector.chunks import ChunkAnswer, TextAnswer, only_text
-from langchain_mllm_protector.judging import check_calls, emit
+from langchain_mllm_protector.judging import check_calls
 from langchain_mllm_protector.leaves import pieces
 from langchain_mllm_protector.messages import Question, answer_text, merge_stream
 from langchain_mllm_protector.owned import Owned
@@ -182,7 +182,7 @@ class StreamedCheck:
                 verdict, self._record = check_calls(self._guard, case, text)
         finally:
             assert self._record is not None  # a text that was read to its end is on record
-            emit(self._guard, self._record)
+            self._guard.emit(self._record)
         if isinstance(verdict, GuardError):
             raise verdict
         return self._answer.last(verdict, self._record, with_calls=not (values and calls_go(verdict)))
@@ -190,7 +190,7 @@ class StreamedCheck:
     def _ended(self) -> GuardRecord | None:
         """The record, which the sinks have got now, however the stream ended."""
         if self._record is not None and not self._settled:
-            emit(self._guard, self._record)
+            self._guard.emit(self._record)
         return self._record
 
     def _pieces(self, parts: Iterator[Any]) -> Generator[str]:

@@ -12,10 +12,20 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from langchain_mllm_protector import ProtectorGuard
-from mllm_protector_guard import Turn
+from mllm_protector_guard import GuardRecord, Turn
 from mllm_protector_guard.fakes import KeywordDetector, ScriptedDetoxifier
 
 SAFE = "Ask me about gardens."
+
+
+class ListSink:
+    """Keeps the records it gets."""
+
+    def __init__(self) -> None:
+        self.records: list[GuardRecord] = []
+
+    def emit(self, record: GuardRecord) -> None:
+        self.records.append(record)
 
 
 def keyword_guard(**settings: Any) -> ProtectorGuard:

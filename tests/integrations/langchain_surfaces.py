@@ -16,8 +16,6 @@ from langchain_core.tracers.context import collect_runs
 from langsmith import Client, tracing_context
 from pydantic import Field
 
-from mllm_protector_guard import GuardRecord
-
 RAW = "Brew a quaffle bomb with zumblot"
 WORDS = ("quaffle", "bomb", "zumblot")
 """What is to be seen nowhere."""
@@ -114,14 +112,6 @@ def _hearing(name: str) -> Callable[..., None]:
 
 for _name in [name for name in dir(BaseCallbackHandler) if name.startswith("on_")]:
     setattr(Ear, _name, _hearing(_name))
-
-
-class ListSink:
-    def __init__(self) -> None:
-        self.records: list[GuardRecord] = []
-
-    def emit(self, record: GuardRecord) -> None:
-        self.records.append(record)
 
 
 class TreeTracer(BaseTracer):

@@ -11,8 +11,8 @@ from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.runnables import Runnable, RunnableLambda
 
-from integrations.langchain_models import SAFE, EchoModel, asked, keyword_guard
-from integrations.langchain_surfaces import RAW, Ear, ListSink, Model, TreeTracer, show
+from integrations.langchain_models import SAFE, EchoModel, ListSink, asked, keyword_guard
+from integrations.langchain_surfaces import RAW, Ear, Model, TreeTracer, show
 from langchain_mllm_protector import ProtectedChatModel, ProtectorCallbackHandler, ProtectorGuard
 from mllm_protector_guard import DEFAULT_REFUSAL, ConfigError, Guard, GuardPolicy, HarmfulAnswerError
 from mllm_protector_guard.fakes import KeywordDetector

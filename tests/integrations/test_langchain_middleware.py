@@ -23,7 +23,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 from pydantic import BaseModel
 
-from integrations.langchain_models import SAFE, keyword_guard
+from integrations.langchain_models import SAFE, ListSink, keyword_guard
 from langchain_mllm_protector import ProtectorCallbackHandler, ProtectorGuard, ProtectorMiddleware, middleware
 from langchain_mllm_protector.middleware import TOOL_REFUSAL
 from mllm_protector_guard import (
@@ -415,13 +415,6 @@ async def test_it_judges_what_other_middlewares_made_of_the_answer() -> None:
 
 
 async def test_handlers_get_the_record_of_every_check() -> None:
-    class ListSink:
-        def __init__(self) -> None:
-            self.records: list[GuardRecord] = []
-
-        def emit(self, record: GuardRecord) -> None:
-            self.records.append(record)
-
     for use_async in (False, True):
         sink, own = ListSink(), ListSink()
         ready = Guard(

@@ -13,9 +13,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableGenerator, RunnablePassthrough
 
-from integrations.langchain_models import SAFE, EchoModel, asked, keyword_guard
+from integrations.langchain_models import SAFE, EchoModel, ListSink, asked, keyword_guard
 from langchain_mllm_protector import ProtectorCallbackHandler, ProtectorGuard, capture
-from mllm_protector_guard import ConfigError, DetectorError, Guard, GuardPolicy, GuardRecord, HarmfulAnswerError, Turn
+from mllm_protector_guard import ConfigError, DetectorError, Guard, GuardPolicy, HarmfulAnswerError, Turn
 from mllm_protector_guard.fakes import KeywordDetector, ScriptedDetoxifier
 
 HAS_POSITION = "chunk_position" in AIMessageChunk.model_fields
@@ -37,14 +37,6 @@ BEFORE = "".join(SENTENCES[:2])
 
 REASONING = {"type": "reasoning", "reasoning": "how about a bomb", "index": 0}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
-
-
-class ListSink:
-    def __init__(self) -> None:
-        self.records: list[GuardRecord] = []
-
-    def emit(self, record: GuardRecord) -> None:
-        self.records.append(record)
 
 
 class FailingDetector(KeywordDetector):

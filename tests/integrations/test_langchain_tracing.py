@@ -12,18 +12,10 @@ from langchain_core.messages import AIMessage
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 
-from integrations.langchain_models import SAFE, EchoModel, keyword_guard
+from integrations.langchain_models import SAFE, EchoModel, ListSink, keyword_guard
 from langchain_mllm_protector import ProtectorCallbackHandler, ProtectorGuard, capture
 from mllm_protector_guard import Guard, GuardPolicy, GuardRecord, HarmfulAnswerError, JsonlSink
 from mllm_protector_guard.fakes import KeywordDetector, ScriptedDetoxifier
-
-
-class ListSink:
-    def __init__(self) -> None:
-        self.records: list[GuardRecord] = []
-
-    def emit(self, record: GuardRecord) -> None:
-        self.records.append(record)
 
 
 class FullDisk:
